@@ -1,0 +1,184 @@
+"""The command line: one module per command, errors handled once, here.
+
+Every module exposes ``register(app)``. None may import torch (or anything else heavy) when it is
+imported: ``corrigible --help`` answers in well under a second, and a test holds it to that.
+
+Exit codes: 0 done · 1 failure · 2 wrong usage · 3 input that cannot be used · 4 something missing ·
+5 the store or the disk · 6 refused by a gate · 7 the numbers broke (NaN, shapes) · 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import errno
+import importlib
+import os
+import signal
+from typing import Any
+
+import typer
+from rich.markup import escape
+from typer.core import TyperGroup
+
+from corrigible.cli import console as _console
+from corrigible.cli.console import error_console, examples, print_json
+from corrigible.errors import BadInputError, CorrigibleError, Interrupted, StorageError
+
+# In the order of --help, which is the order of the loop.
+MODULES = ("demo", "data", "generate", "judge", "train", "evaluate", "policies", "doctor")
+
+EXIT_CODES = {
+    0: "done",
+    1: "failure (a bug, or out of memory)",
+    2: "wrong usage: an unknown option, a missing argument",
+    3: "input that cannot be used",
+    4: "something that is needed is missing: weights, an extra, a system package",
+    5: "the store or the disk: locked, gone, full, damaged",
+    6: "refused: the evidence does not support the promotion",
+    7: "the numbers broke: NaN, an all-masked batch",
+    130: "interrupted (Ctrl-C or SIGTERM); what was done is kept",
+}
+
+# typer carries its own click in some versions and depends on it in others; this is click's
+# UsageError in both.
+_USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[1]
+
+
+def as_corrigible_error(error: BaseException) -> CorrigibleError | None:
+    """The error to show for ``error``; None when it is nothing we can put better (a bug, say)."""
+    if isinstance(error, CorrigibleError):
+        return error
+    if isinstance(error, KeyboardInterrupt):
+        return Interrupted(
+            "Interrupted.", advice="What was finished is kept; the same command goes on or starts again."
+        )
+    # torch's CUDA allocator, and its CPU one, which raises a plain RuntimeError
+    if (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
+    ):
+        return CorrigibleError(
+            "Out of memory.",
+            advice="Use a smaller batch or model; `corrigible doctor` shows how much memory is free.",
+        )
+    if isinstance(error, OSError):
+        where = f" ({error.filename})" if error.filename else ""
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return StorageError(
+                f"The disk is full{where}.",
+                advice="Free some space and run the same command again; nothing stored is lost.",
+            )
+        if isinstance(error, FileNotFoundError | IsADirectoryError | NotADirectoryError):
+            return BadInputError(f"{error.strerror}{where}.", advice="Check the path.")
+        if isinstance(error, PermissionError) or error.errno == errno.EROFS:
+            return StorageError(f"{error.strerror}{where}.", advice="Choose a place that you may write to.")
+    return None
+
+
+class _Group(TyperGroup):
+    """The root command: whatever a command raises becomes a message, advice and an exit code."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> Any:
+        ctx.meta["corrigible.json"] = "--json" in args
+        _console._state["printed_json"] = False
+        return super().parse_args(ctx, args)
+
+    def invoke(self, ctx: Any) -> Any:
+        json = bool(ctx.meta.get("corrigible.json"))
+        try:
+            return super().invoke(ctx)
+        except _USAGE_ERROR as error:
+            if json:
+                _print_json_error("UsageError", str(getattr(error, "message", error)), "See --help.", 2)
+            raise
+        except (Exception, KeyboardInterrupt) as error:
+            known = as_corrigible_error(error)
+            if known is None:
+                if json and not isinstance(error, typer.Exit | typer.Abort):
+                    _print_json_error(type(error).__name__, str(error), "This looks like a bug.", 1)
+                raise
+            if json:
+                _print_json_error(type(known).__name__, known.message, known.advice, known.exit_code)
+            error_console.print(f"[bold red]{escape(known.message)}[/]")
+            if known.advice:
+                error_console.print(escape(known.advice))
+            raise typer.Exit(known.exit_code) from error
+
+
+def _print_json_error(kind: str, message: str, advice: str, exit_code: int) -> None:
+    if _console._state["printed_json"]:  # a refused promotion has already said all in its result
+        return
+    print_json({"error": {"type": kind, "message": message, "advice": advice, "exit_code": exit_code}})
+
+
+app = typer.Typer(
+    name="corrigible",
+    cls=_Group,
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_show_locals=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Turn feedback into better policies, and prove that it did.",
+    epilog=examples(
+        """
+        # the whole loop once, on this machine
+        corrigible demo --out runs/demo
+        # what this machine has, what is missing, how to get it
+        corrigible doctor
+        # your own comparisons
+        corrigible import comparisons.jsonl
+        corrigible train reward --out runs/reward
+        corrigible train dpo --out runs/dpo
+        """
+    ),
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"corrigible {version('corrigible')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: bool = typer.Option(
+        False, "--version", callback=_print_version, is_eager=True, help="Print the version and exit."
+    ),
+    events: str = typer.Option(
+        "", "--events", envvar="CORRIGIBLE_EVENTS", help="Append every event, as JSON lines, to this file."
+    ),
+    track: list[str] = typer.Option(
+        [],
+        "--track",
+        help="Send metrics to tensorboard[:DIRECTORY], wandb[:PROJECT] or mlflow[:RUN NAME] "
+        "(CORRIGIBLE_TRACK, comma separated).",
+    ),
+) -> None:
+    # Handed on in the environment, so that worker processes that a command starts report as well.
+    if events:
+        os.environ["CORRIGIBLE_EVENTS"] = events
+    if track:
+        os.environ["CORRIGIBLE_TRACK"] = ",".join(track)
+
+
+def _register_all() -> None:
+    for name in MODULES:
+        module = f"corrigible.cli.{name}"
+        try:
+            importlib.import_module(module).register(app)
+        except ModuleNotFoundError as error:
+            if not (error.name or "").startswith("corrigible"):
+                raise
+
+
+_register_all()
+
+
+def main() -> None:
+    """The ``corrigible`` command."""
+    # A polite kill is Ctrl-C by other means: trainers save a checkpoint, importers their place.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    app(prog_name="corrigible")

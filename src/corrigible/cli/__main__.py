@@ -1,0 +1,3 @@
+from corrigible.cli import main
+
+main()
