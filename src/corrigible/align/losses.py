@@ -1,0 +1,220 @@
+"""Losses that move a policy: pure functions from log-probabilities to a number.
+
+Nothing here knows a model, a tokenizer or a file. Every loss of this family is read in
+five steps (field guide, "contrast losses"), and a new one replaces one step only:
+
+1. *reduce*   per-token log-probs to one number a response (the caller does it: ``(n,)``);
+2. *link*     to the implicit reward ``beta * (policy - reference)`` (:func:`implicit_rewards`);
+3. *compare*  the difference ``d`` between chosen and rejected;
+4. *psi*      a convex function of ``d`` and the label (:func:`soft_logistic` for DPO);
+5. *average*  over comparisons with their weights (:func:`weighted_mean`), never over tokens.
+
+Accumulation. Loss and metrics are sums over comparisons divided by ``denominator``. With the
+total weight of the *whole* batch as denominator, the outputs of its micro-batches add up
+exactly to the output of the batch, however unevenly it was cut.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+from corrigible.errors import BadInputError, NumericsError
+from corrigible.rewards.losses import LossOutput
+
+__all__ = ["LossOutput", "agreement", "dpo_loss", "implicit_rewards", "soft_logistic", "weighted_mean"]
+
+SATURATED = 10.0
+"""|d| above which a logistic comparison carries (almost) no gradient any more."""
+
+
+def implicit_rewards(policy_logps: Tensor, reference_logps: Tensor, *, beta: float) -> Tensor:
+    """The reward a policy implies, ``beta * (log pi(y|x) - log pi_ref(y|x))`` (DPO, eq. 5).
+
+    Args:
+        policy_logps: summed log-probs of the responses under the policy, ``(n,)``, nats.
+        reference_logps: the same under the frozen reference, ``(n,)``, nats.
+        beta: KL coefficient, > 0.
+
+    Returns:
+        ``(n,)`` rewards, each known up to a constant of its prompt; no gradient reaches the
+        reference.
+    """
+    return beta * (_widen(policy_logps) - _widen(reference_logps).detach())
+
+
+def soft_logistic(difference: Tensor, p_chosen: Tensor) -> Tensor:
+    """Cross-entropy of a Bradley-Terry comparison with a label that may be uncertain.
+
+    ``-p log sigma(d) - (1 - p) log sigma(-d)``; its minimum is at ``d = log(p / (1 - p))``.
+
+    Args:
+        difference: score of chosen minus score of rejected, ``(n,)``.
+        p_chosen: probability that the first side is the better one, ``(n,)`` in [0, 1].
+
+    Returns:
+        ``(n,)`` losses >= 0.
+    """
+    return -p_chosen * logsigmoid(difference) - (1.0 - p_chosen) * logsigmoid(-difference)
+
+
+def weighted_mean(values: Tensor, weight: Tensor, denominator: float | Tensor) -> Tensor:
+    """``sum(weight * values) / denominator``: the one place where comparisons are averaged."""
+    return (weight * values).sum() / denominator
+
+
+def dpo_loss(
+    policy_chosen_logps: Tensor,
+    policy_rejected_logps: Tensor,
+    reference_chosen_logps: Tensor,
+    reference_rejected_logps: Tensor,
+    *,
+    beta: float = 0.1,
+    label_smoothing: float = 0.0,
+    p_chosen: Tensor | None = None,
+    weight: Tensor | None = None,
+    denominator: float | Tensor | None = None,
+) -> LossOutput:
+    """Direct preference optimisation, with smoothed (cDPO) and soft labels.
+
+    ``-p log sigma(d) - (1 - p) log sigma(-d)`` with ``d = beta * (h_chosen - h_rejected)``,
+    ``h = log pi(y|x) - log pi_ref(y|x)`` and ``p = p_chosen (1 - e) + (1 - p_chosen) e``
+    for ``e = label_smoothing``.
+
+    Source: Rafailov et al. 2023, "Direct Preference Optimization", eq. 7 (hard labels);
+    Mitchell 2023, "A note on DPO with noisy preferences" (the conservative form, cDPO).
+
+    Args:
+        policy_chosen_logps: log-probs under the policy, summed over the response's tokens
+            (its end-of-turn included), ``(n,)``, nats.
+        policy_rejected_logps: the same for the rejected responses, ``(n,)``.
+        reference_chosen_logps: under the frozen reference, ``(n,)``; no gradient.
+        reference_rejected_logps: ``(n,)``; no gradient.
+        beta: KL coefficient, > 0.
+        label_smoothing: assumed share of flipped labels, in [0, 0.5).
+        p_chosen: how sure the label is, ``(n,)`` in [0, 1]; 1 when absent, 0.5 for a tie.
+        weight: weight of each comparison, ``(n,)`` >= 0; 1 when absent.
+        denominator: what the weighted sum is divided by, > 0; the sum of ``weight`` when
+            absent. Give the weight of the whole batch when this is one of its micro-batches.
+
+    Returns:
+        The loss, and the metrics ``loss``, ``rewards/chosen``, ``rewards/rejected``,
+        ``rewards/margin``, ``rewards/accuracy`` (agreement of the margin's sign with the
+        label; ties count a half), ``logps/chosen``, ``logps/rejected``, ``grad_weight`` (mean
+        ``|psi'(d)|``) and ``saturated`` (share with ``|d| > 10``).
+
+    Raises:
+        BadInputError: shapes differ, nothing to compare, or a setting out of range.
+        NumericsError: a log-prob, label or weight is not finite, or a log-prob is positive.
+    """
+    if not 0.0 < beta < float("inf"):
+        raise BadInputError(
+            f"beta must be a positive number, got {beta}.", advice="DPO's usual range is 0.01-0.5."
+        )
+    if not 0.0 <= label_smoothing < 0.5:
+        raise BadInputError(
+            f"label_smoothing must be in [0, 0.5), got {label_smoothing}.",
+            advice="It is the share of labels you believe to be flipped; at 0.5 labels say nothing.",
+        )
+    n = _check_logps(
+        policy_chosen_logps=policy_chosen_logps,
+        policy_rejected_logps=policy_rejected_logps,
+        reference_chosen_logps=reference_chosen_logps,
+        reference_rejected_logps=reference_rejected_logps,
+    )
+    label = _per_comparison("p_chosen", p_chosen, n, policy_chosen_logps, high=1.0)
+    weights = _per_comparison("weight", weight, n, policy_chosen_logps)
+    total = _denominator(denominator, weights)
+
+    chosen = implicit_rewards(policy_chosen_logps, reference_chosen_logps, beta=beta)
+    rejected = implicit_rewards(policy_rejected_logps, reference_rejected_logps, beta=beta)
+    difference = chosen - rejected
+    target = label * (1.0 - label_smoothing) + (1.0 - label) * label_smoothing
+    loss = weighted_mean(soft_logistic(difference, target), weights, total)
+
+    with torch.no_grad():
+        means = {
+            "loss": soft_logistic(difference, target),
+            "rewards/chosen": chosen,
+            "rewards/rejected": rejected,
+            "rewards/margin": difference,
+            "rewards/accuracy": agreement(difference, label),
+            "logps/chosen": _widen(policy_chosen_logps),
+            "logps/rejected": _widen(policy_rejected_logps),
+            "grad_weight": (torch.sigmoid(difference) - target).abs(),
+            "saturated": (difference.abs() > SATURATED).to(difference.dtype),
+        }
+        metrics = {name: float(weighted_mean(value, weights, total)) for name, value in means.items()}
+    return LossOutput(loss, metrics)
+
+
+def agreement(margin: Tensor, p_chosen: Tensor) -> Tensor:
+    """1 where ``margin`` has the label's sign, 0 where it has not, 0.5 when either is a tie; ``(n,)``."""
+    return 0.5 + 0.5 * torch.sign(margin) * torch.sign(p_chosen - 0.5)
+
+
+def _widen(value: Tensor) -> Tensor:
+    # Sums of hundreds of log-probs lose whole nats in bf16; losses are float32 or wider.
+    return value if value.dtype in (torch.float32, torch.float64) else value.float()
+
+
+def _check_logps(**named: Tensor) -> int:
+    shapes = {name: tuple(value.shape) for name, value in named.items()}
+    if any(len(shape) != 1 for shape in shapes.values()) or len(set(shapes.values())) != 1:
+        listed = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
+        raise BadInputError(
+            f"All log-probs must have one shape (n,), got {listed}.",
+            advice="Sum the per-token log-probs of each response first; row i of all four is one pair.",
+        )
+    n = next(iter(shapes.values()))[0]
+    if n == 0:
+        raise BadInputError(
+            "There is nothing to compare: n = 0.", advice="Skip empty batches before the loss."
+        )
+    for name, value in named.items():
+        if not value.is_floating_point():
+            raise BadInputError(f"{name} must hold floating-point log-probs, got {value.dtype}.")
+        detached = value.detach()
+        if not bool(torch.isfinite(detached).all()):
+            rows = (~torch.isfinite(detached)).nonzero().flatten().tolist()[:8]
+            raise NumericsError(
+                f"logps_not_finite: {name} is NaN or infinite at rows {rows}.",
+                advice="Look there: NaN weights, an impossible token, or a learning rate that blew up.",
+            )
+        # Rounding may leave a certain response a hair above log 1 = 0; more is a wrong sign.
+        if bool((detached > 1e-3).any()):
+            rows = (detached > 1e-3).nonzero().flatten().tolist()[:8]
+            raise NumericsError(
+                f"logps_positive: {name} is above 0 at rows {rows}.",
+                advice="Log-probabilities are never positive; these look like losses or raw logits.",
+            )
+    return int(n)
+
+
+def _per_comparison(
+    name: str, value: Tensor | None, n: int, like: Tensor, high: float = float("inf")
+) -> Tensor:
+    like = _widen(like)
+    if value is None:
+        return torch.ones(n, dtype=like.dtype, device=like.device)
+    if tuple(value.shape) != (n,):
+        raise BadInputError(f"{name} must have shape ({n},), got {tuple(value.shape)}.")
+    value = value.detach().to(like)
+    if not bool(torch.isfinite(value).all()):
+        raise NumericsError(f"{name}_not_finite: {name} holds NaN or infinity.")
+    if bool((value < 0).any()) or bool((value > high).any()):
+        raise BadInputError(
+            f"{name} must lie in [0, {high:g}], got values from {value.min()} to {value.max()}."
+        )
+    return value
+
+
+def _denominator(denominator: float | Tensor | None, weights: Tensor) -> float:
+    total = float(weights.sum()) if denominator is None else float(denominator)
+    if not 0.0 < total < float("inf"):
+        raise NumericsError(
+            f"nothing_to_average: the weights sum to {total}.",
+            advice="Every comparison of this batch has weight 0; drop such comparisons before training.",
+        )
+    return total
