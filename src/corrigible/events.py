@@ -220,7 +220,7 @@ def track(
         for item in iterable:
             yield item
             done += 1
-            if time.monotonic() - said_at >= every_seconds:
+            if done != total and time.monotonic() - said_at >= every_seconds:
                 said_at, said = time.monotonic(), done
                 emit(Progress(task=task, done=done, total=total, unit=unit))
         finished = True

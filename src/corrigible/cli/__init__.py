@@ -24,7 +24,7 @@ from corrigible.cli.console import error_console, examples, print_json
 from corrigible.errors import BadInputError, CorrigibleError, Interrupted, StorageError
 
 # In the order of --help, which is the order of the loop.
-MODULES = ("demo", "data", "generate", "judge", "train", "evaluate", "policies", "doctor")
+MODULES = ("demo", "data", "generate", "judge", "train", "evaluate", "policies", "claims", "doctor")
 
 EXIT_CODES = {
     0: "done",
