@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 from corrigible.errors import BadInputError
 
 if TYPE_CHECKING:
-    from corrigible.records import Message
+    from corrigible.records import Episode, Message
+    from corrigible.rewards.signals import Scores
 
 
 @runtime_checkable
@@ -90,10 +91,10 @@ class HouseStyle:
     0.0
     """
 
-    direct: float = 0.20
+    direct: float = 0.10
     complete: float = 0.20
     brief: float = 0.25
-    friendly: float = 0.15
+    friendly: float = 0.25
     plain: float = 0.10
     on_topic: float = 0.10
     brief_words: int = 30
@@ -164,8 +165,28 @@ class HouseStyle:
         }
 
 
+@dataclass(frozen=True)
+class GoldSignal:
+    """A gold preference as a signal: it scores the last thing said in an episode."""
+
+    gold: GoldPreference
+    axis: str = "overall"
+
+    @property
+    def name(self) -> str:
+        return self.gold.name
+
+    def score(self, episodes: Sequence[Episode]) -> Scores:
+        import numpy as np
+
+        from corrigible.rewards.signals import Scores
+
+        values = [self.gold.score(e.prompt_messages(), e.response_text()) for e in episodes]
+        return Scores(np.array(values, dtype=np.float64), axis=self.axis)
+
+
 def _on_topic(prompt: Sequence[Message], words: Sequence[str]) -> float:
-    asked = next((m.content for m in reversed(prompt) if m.role == "user" and isinstance(m.content, str)), "")
+    asked = next((message.text for message in reversed(prompt) if message.role == "user"), "")
     stems = {
         w[:5] for w in (word.lower() for word in _WORD.findall(asked)) if len(w) > 2 and w not in _COMMON
     }

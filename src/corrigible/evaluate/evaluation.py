@@ -1,0 +1,379 @@
+"""The whole picture of one candidate against one baseline, on the same prompts.
+
+:func:`compare` works on episodes that exist; :func:`evaluate_policy` samples them first, keeping
+what it sampled so that an interrupted evaluation goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+from corrigible.collect.questions import draw
+from corrigible.errors import BadInputError
+from corrigible.evaluate.kl import KLEstimate, kl_to_reference
+from corrigible.evaluate.statistics import Estimate, cluster_bootstrap, paired_bootstrap
+from corrigible.evaluate.win_rate import PairJudge, WinRate, pair_by_prompt, win_rate
+from corrigible.events import Metric, emit, track
+from corrigible.records import Episode, Message, Sampling
+from corrigible.records.base import canonical_json
+
+if TYPE_CHECKING:
+    from corrigible.models import LanguagePolicy
+    from corrigible.rewards.signals import Signal
+
+_CHUNK_PROMPTS = 16  # prompts sampled between two writes: what a kill can cost
+
+
+@dataclass(frozen=True)
+class SideBySide:
+    """One quantity for both policies over the same pairs, and the paired difference.
+
+    ``difference`` is candidate minus baseline; ``left_out`` counts pairs where a side has no value.
+    """
+
+    name: str
+    unit: str
+    candidate: Estimate
+    baseline: Estimate
+    difference: Estimate
+    left_out: int = 0
+
+    def to_dict(self) -> dict[str, object]:
+        return {
+            "name": self.name,
+            "unit": self.unit,
+            "candidate": self.candidate.to_dict(),
+            "baseline": self.baseline.to_dict(),
+            "difference": self.difference.to_dict(),
+            "left_out": self.left_out,
+        }
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What :func:`compare` found.
+
+    Attributes:
+        candidate, baseline: names of the two policies.
+        win_rates: by judge; the first one is the headline, ``win_rate``.
+        scores: by signal name ("gold", "proxy", ...): mean value side by side. A proxy that rises
+            while the gold does not is over-optimisation.
+        length: mean length of an answer side by side, in tokens (words where ids were not recorded).
+        kl: divergence of the candidate from its reference, when it was measured.
+        finish: why answers ended, counts, for "candidate" and "baseline".
+    """
+
+    candidate: str
+    baseline: str
+    win_rates: Mapping[str, WinRate]
+    scores: Mapping[str, SideBySide]
+    length: SideBySide
+    kl: KLEstimate | None = None
+    finish: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+
+    @property
+    def win_rate(self) -> WinRate:
+        return next(iter(self.win_rates.values()))
+
+    @property
+    def length_ratio(self) -> float:
+        """Mean length of the candidate's answers over the baseline's."""
+        return self.length.candidate.value / max(self.length.baseline.value, 1e-9)
+
+    def to_dict(self, *, items: bool = False) -> dict[str, object]:
+        """JSON form; ``items`` adds every judged item."""
+        return {
+            "candidate": self.candidate,
+            "baseline": self.baseline,
+            "win_rate": self.win_rate.value,
+            "win_rate_interval": list(self.win_rate.interval),
+            "win_rates": {name: rate.to_dict(items=items) for name, rate in self.win_rates.items()},
+            "scores": {name: side.to_dict() for name, side in self.scores.items()},
+            "length": self.length.to_dict(),
+            "length_ratio": self.length_ratio,
+            "kl": None if self.kl is None else self.kl.to_dict(),
+            "finish": {side: dict(counts) for side, counts in self.finish.items()},
+        }
+
+
+def compare(
+    candidate: Sequence[Episode],
+    baseline: Sequence[Episode],
+    judges: PairJudge | Sequence[PairJudge],
+    *,
+    signals: Mapping[str, Signal] | None = None,
+    kl: KLEstimate | None = None,
+    names: tuple[str, str] = ("candidate", "baseline"),
+    level: float = 0.95,
+    seed: int = 0,
+) -> Evaluation:
+    """Compare the answers of two policies, paired by prompt.
+
+    Args:
+        judges: one or more; the first gives the headline win rate.
+        signals: name to signal; each is reported side by side with its paired difference.
+        kl: measured divergence to report with the rest.
+
+    Raises:
+        BadInputError: no judge, two judges of one name, or no prompt in common.
+    """
+    asked = [*judges] if isinstance(judges, Sequence) else [judges]
+    if not asked or len({judge.name for judge in asked}) < len(asked):
+        raise BadInputError(
+            f"an evaluation needs judges with different names, not {[judge.name for judge in asked]}"
+        )
+    rates = {judge.name: win_rate(candidate, baseline, judge, level=level, seed=seed) for judge in asked}
+    pairs = pair_by_prompt(candidate, baseline).pairs
+    prompts = [prompt for prompt, _, _ in pairs]
+    mine, theirs = [a for _, a, _ in pairs], [b for _, _, b in pairs]
+    scores = {
+        name: _scored(name, signal, mine, theirs, prompts, level=level, seed=seed)
+        for name, signal in (signals or {}).items()
+    }
+    evaluation = Evaluation(
+        candidate=names[0],
+        baseline=names[1],
+        win_rates=rates,
+        scores=scores,
+        length=_lengths(mine, theirs, prompts, level=level, seed=seed),
+        kl=kl,
+        finish={"candidate": _finish(candidate), "baseline": _finish(baseline)},
+    )
+    emit(Metric(name="win_rate", value=evaluation.win_rate.value, interval=evaluation.win_rate.interval))
+    if kl is not None:
+        emit(Metric(name="kl", value=kl.value, interval=kl.interval))
+    return evaluation
+
+
+def evaluate_policy(
+    candidate: LanguagePolicy,
+    baseline: LanguagePolicy | None,
+    prompts: Sequence[Sequence[Message]],
+    judges: PairJudge | Sequence[PairJudge],
+    *,
+    signals: Mapping[str, Signal] | None = None,
+    n: int = 1,
+    sampling: Sampling | None = None,
+    seed: int = 0,
+    names: tuple[str, str] = ("candidate", "baseline"),
+    keep: str | Path | None = None,
+    measure_kl: bool = True,
+    level: float = 0.95,
+) -> tuple[Evaluation, list[Episode], list[Episode]]:
+    """Sample ``n`` answers per prompt from both policies and compare them.
+
+    Args:
+        baseline: None means the candidate without its adapter: nothing is loaded twice.
+        sampling: default plain sampling of up to 128 tokens, which the divergence needs to be exact.
+        keep: directory in which episodes are kept as they come; the same call goes on from them.
+        measure_kl: also measure the divergence of the candidate from the baseline.
+
+    Returns:
+        The evaluation, the candidate's episodes, the baseline's episodes.
+    """
+    settings = sampling or Sampling(max_tokens=128)
+    sides: dict[str, list[Episode]] = {}
+    for side, name in zip(("candidate", "baseline"), names, strict=True):
+        policy = candidate if side == "candidate" or baseline is None else baseline
+        off = side == "baseline" and baseline is None
+        with policy.adapter_disabled() if off else nullcontext():
+            sides[side] = sample_episodes(
+                policy,
+                prompts,
+                n=n,
+                sampling=settings,
+                seed=seed,
+                policy_version=name,
+                variant="adapter disabled" if off else "",
+                task="evaluate",
+                keep=None if keep is None else Path(keep) / f"{side}.jsonl",
+                label=f"sampling {name}",
+            )
+    kl = (
+        kl_to_reference(sides["candidate"], candidate, baseline, level=level, seed=seed)
+        if measure_kl
+        else None
+    )
+    evaluation = compare(
+        sides["candidate"],
+        sides["baseline"],
+        judges,
+        signals=signals,
+        kl=kl,
+        names=names,
+        level=level,
+        seed=seed,
+    )
+    return evaluation, sides["candidate"], sides["baseline"]
+
+
+def sample_episodes(
+    policy: LanguagePolicy,
+    prompts: Sequence[Sequence[Message]],
+    *,
+    n: int = 1,
+    sampling: Sampling,
+    seed: int = 0,
+    policy_version: str,
+    variant: str = "",
+    task: str = "evaluate",
+    keep: Path | None = None,
+    label: str = "sampling",
+) -> list[Episode]:
+    """``n`` episodes per prompt, prompt by prompt; with ``keep`` written as they come.
+
+    A file that an interrupted call left is continued. The result is the same as without the
+    interruption, because chance depends on ``seed`` and on the place in ``prompts`` only.
+
+    Raises:
+        BadInputError: ``keep`` belongs to another policy, other prompts or other settings.
+    """
+    from corrigible.models.generate import generate, to_episode
+
+    if not prompts:
+        raise BadInputError("there are no prompts to sample from", advice="give at least one prompt")
+    log = None
+    done: list[Episode] = []
+    if keep is not None:
+        log = _EpisodeLog(
+            keep,
+            {
+                "weights": policy.weights_sha256(),
+                "variant": variant,
+                "sampling": sampling.to_json(),
+                "n": n,
+                "seed": seed,
+                "prompts": hashlib.sha256(
+                    canonical_json([[m.to_json() for m in p] for p in prompts]).encode()
+                ).hexdigest(),
+            },
+            chunk=_CHUNK_PROMPTS * n,
+            total=len(prompts) * n,
+        )
+        done = log.read()
+    starts = range(0, len(prompts), _CHUNK_PROMPTS)
+    for start in track([s for s in starts if s * n >= len(done)], label, unit="chunk"):
+        chunk = prompts[start : start + _CHUNK_PROMPTS]
+        chance = draw("sample", seed, start).getrandbits(31)
+        answers = generate(policy, list(chunk), n=n, sampling=sampling, seed=chance)
+        fresh = [
+            to_episode(prompt, generation, policy_version, task, sampling)
+            for prompt, generations in zip(chunk, answers, strict=True)
+            for generation in generations
+        ]
+        if log is not None:
+            log.append(fresh)
+        done.extend(fresh)
+    return done
+
+
+class _EpisodeLog:
+    """JSON lines: what the episodes belong to, then whole chunks of them."""
+
+    def __init__(self, path: Path, belongs_to: Mapping[str, object], *, chunk: int, total: int) -> None:
+        self.path = path
+        self.belongs_to = canonical_json(dict(belongs_to))
+        self.chunk, self.total = chunk, total
+
+    def read(self) -> list[Episode]:
+        """The whole chunks that are there; a torn tail is cut off."""
+        if not self.path.exists() or not self.path.stat().st_size:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.path.write_text(self.belongs_to + "\n", encoding="utf-8")
+            return []
+        first, *rest = self.path.read_text(encoding="utf-8", errors="replace").split("\n")
+        if first != self.belongs_to:
+            raise BadInputError(
+                f"{self.path} holds answers of another policy, other prompts or other settings",
+                advice="give another directory, or delete this one to start again",
+            )
+        lines = rest[:-1]  # what follows the last line break is torn
+        whole = len(lines) if len(lines) == self.total else len(lines) - len(lines) % self.chunk
+        try:
+            episodes = [Episode.from_json(line) for line in lines[:whole]]
+        except (BadInputError, json.JSONDecodeError) as error:
+            raise BadInputError(
+                f"{self.path} is damaged: {error}", advice="delete it to sample again"
+            ) from error
+        kept = "".join(line + "\n" for line in [first, *lines[:whole]])
+        os.truncate(self.path, len(kept.encode("utf-8")))
+        return episodes
+
+    def append(self, episodes: Sequence[Episode]) -> None:
+        with self.path.open("a", encoding="utf-8") as file:
+            file.writelines(episode.to_json_text() + "\n" for episode in episodes)
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def _scored(
+    name: str,
+    signal: Signal,
+    mine: Sequence[Episode],
+    theirs: Sequence[Episode],
+    prompts: Sequence[str],
+    *,
+    level: float,
+    seed: int,
+) -> SideBySide:
+    ours, others = signal.score(mine), signal.score(theirs)
+    both = ours.valid & others.valid
+    if not both.any():
+        raise BadInputError(
+            f"signal {name} could score none of {len(both)} pairs",
+            advice=f"reasons: {dict(Counter(r for r in (*ours.reasons, *others.reasons) if r))}",
+        )
+    used = [prompt for prompt, ok in zip(prompts, both, strict=True) if ok]
+    return _side_by_side(
+        name, "score", ours.values[both], others.values[both], used, int((~both).sum()), level, seed
+    )
+
+
+def _lengths(
+    mine: Sequence[Episode], theirs: Sequence[Episode], prompts: Sequence[str], *, level: float, seed: int
+) -> SideBySide:
+    recorded = all(episode.steps[-1].token_ids is not None for episode in (*mine, *theirs))
+    unit: Literal["tokens", "words"] = "tokens" if recorded else "words"
+
+    def lengths(episodes: Sequence[Episode]) -> list[int]:
+        if recorded:
+            return [len(episode.steps[-1].token_ids or ()) for episode in episodes]
+        return [len(episode.response_text().split()) for episode in episodes]
+
+    a, b = np.array(lengths(mine), float), np.array(lengths(theirs), float)
+    return _side_by_side("length", unit, a, b, prompts, 0, level, seed)
+
+
+def _side_by_side(
+    name: str,
+    unit: str,
+    mine: np.ndarray[tuple[int], np.dtype[np.float64]],
+    theirs: np.ndarray[tuple[int], np.dtype[np.float64]],
+    prompts: Sequence[str],
+    left_out: int,
+    level: float,
+    seed: int,
+) -> SideBySide:
+    return SideBySide(
+        name=name,
+        unit=unit,
+        candidate=cluster_bootstrap(mine, prompts, level=level, seed=seed),
+        baseline=cluster_bootstrap(theirs, prompts, level=level, seed=seed),
+        difference=paired_bootstrap(mine, theirs, prompts, level=level, seed=seed),
+        left_out=left_out,
+    )
+
+
+def _finish(episodes: Sequence[Episode]) -> dict[str, int]:
+    reasons = (episode.steps[-1].finish_reason for episode in episodes)
+    return dict(Counter("unknown" if reason is None else reason.value for reason in reasons))
