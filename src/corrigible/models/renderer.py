@@ -1,0 +1,625 @@
+"""The one place that turns chat messages into token ids and per-token kinds.
+
+Three rules, each against a bug that has bitten most trainers:
+
+* What a policy sampled is kept as the ids it sampled. A later turn is appended to those ids; the
+  earlier text is never tokenised again (text that is decoded and encoded again need not give the
+  same ids, and then the recorded log-probabilities belong to other tokens).
+* Which token is trained is decided where the token is made, turn by turn, never afterwards by
+  looking for ids: the padding id may well be the end-of-turn id (it is in SmolLM2).
+* A prompt is exactly the beginning of the conversation that continues it, because text is cut at
+  the turn boundaries before it is tokenised. A template that rewrites earlier turns (one that drops
+  old "thinking", say) is noticed and refused rather than masked wrongly.
+
+And one against mischief: control tokens spelled out inside a message's content stay plain text, so
+nobody can end their own turn by typing ``<|im_end|>``.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from enum import Enum, IntEnum
+from typing import Any, Literal
+
+from corrigible.errors import BadInputError
+from corrigible.records import Message
+
+MessageLike = Message | Mapping[str, Any]
+
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] "
+    "+ '<|im_end|>' + '\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+"""The ChatML template, for models that come without one (``template="chatml"``)."""
+
+
+class TokenKind(IntEnum):
+    """Who wrote a token."""
+
+    PROMPT = 0
+    """Content of a message that is given: system, user, tool, or an assistant turn of the history."""
+    SAMPLED = 1
+    """Drawn from the policy (its end-of-turn token included, when it drew one)."""
+    NOT_SAMPLED = 2
+    """Assistant text by somebody else (and its end of turn): may be trained on as a demonstration."""
+    SPECIAL = 3
+    """Written by the chat template."""
+
+
+SCORED = (TokenKind.SAMPLED, TokenKind.NOT_SAMPLED)
+"""The kinds that carry a training signal: the completion."""
+
+
+class TurnState(Enum):
+    """How far the last turn of a :class:`Rendered` has got."""
+
+    HEADER = "header"
+    """The assistant is about to speak."""
+    ENDED = "ended"
+    """The policy ended its turn itself; what the template writes after that is still to come."""
+    CUT = "cut"
+    """The policy was stopped within its turn: no end-of-turn token yet."""
+    CLOSED = "closed"
+    """Everything the template writes for the last turn is there."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rendered:
+    """Token ids with the kind of each, ``(tokens,)`` both.
+
+    ``messages`` and ``tools`` are what was rendered, ``state`` how far the last turn got: they let
+    :meth:`Renderer.continue_` go on. ``dropped`` counts prompt tokens that :meth:`Renderer.fit` cut.
+    """
+
+    ids: tuple[int, ...]
+    kinds: tuple[TokenKind, ...]
+    messages: tuple[Mapping[str, Any], ...] = field(default=(), compare=False, repr=False)
+    tools: tuple[Mapping[str, Any], ...] | None = field(default=None, compare=False, repr=False)
+    state: TurnState = field(default=TurnState.CLOSED, compare=False)
+    dropped: int = 0
+
+    def __post_init__(self) -> None:
+        if len(self.ids) != len(self.kinds):
+            raise BadInputError(f"{len(self.ids)} ids but {len(self.kinds)} kinds: one of each per token.")
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def scored(self) -> tuple[int, ...]:
+        """Positions of the completion: kinds SAMPLED and NOT_SAMPLED, in order."""
+        return tuple(i for i, kind in enumerate(self.kinds) if kind in SCORED)
+
+    @classmethod
+    def from_tokens(cls, prompt_ids: Sequence[int], sampled_ids: Sequence[int]) -> Rendered:
+        """From recorded ids (an episode's ``prompt_token_ids`` and ``token_ids``), without any text."""
+        kinds = (TokenKind.PROMPT,) * len(prompt_ids) + (TokenKind.SAMPLED,) * len(sampled_ids)
+        return cls(ids=(*prompt_ids, *sampled_ids), kinds=kinds, state=TurnState.CUT)
+
+
+@dataclass(frozen=True, slots=True)
+class _Span:
+    """Message ``message``'s content at ``text[start:end]``."""
+
+    start: int
+    end: int
+    message: int
+
+
+class Renderer:
+    """Chat messages to tokens, for one tokenizer and its chat template.
+
+    Args:
+        tokenizer: a transformers tokenizer.
+        template: a Jinja chat template instead of the tokenizer's own, or ``"chatml"``.
+        end_of_turn_ids: ids that end a turn besides the tokenizer's end-of-sequence token and the
+            one that the template itself writes after an assistant turn.
+
+    Raises:
+        BadInputError: the tokenizer has no chat template and none is given.
+    """
+
+    def __init__(
+        self, tokenizer: Any, template: str | None = None, *, end_of_turn_ids: Iterable[int] = ()
+    ) -> None:
+        self.tokenizer = tokenizer
+        chosen = CHATML if template == "chatml" else template or tokenizer.chat_template
+        if isinstance(chosen, Mapping):
+            chosen = chosen.get("default")
+        if not chosen:
+            raise BadInputError(
+                "The tokenizer has no chat template, so chat messages cannot become tokens.",
+                advice='Give one: load_policy(..., template="chatml") or template=<Jinja text>.',
+            )
+        self.template: str = chosen
+        added = tokenizer.added_tokens_decoder
+        self.special_ids = frozenset(tokenizer.all_special_ids) | {i for i, t in added.items() if t.special}
+        control = sorted({str(t) for t in added.values()} | set(tokenizer.all_special_tokens), key=len)
+        self._control = re.compile("|".join(re.escape(t) for t in reversed(control))) if control else None
+        self._anchor = self._find_anchor()
+        ends = [*self._template_end_of_turn(), tokenizer.eos_token_id, *end_of_turn_ids]
+        self.end_of_turn_ids: tuple[int, ...] = tuple(dict.fromkeys(i for i in ends if i is not None))
+        self._end_texts = tuple(tokenizer.convert_ids_to_tokens(list(self.end_of_turn_ids)))
+
+    # -- what callers use ---------------------------------------------------------------------
+
+    def prompt(
+        self, messages: Sequence[MessageLike], tools: Sequence[Mapping[str, Any]] | None = None
+    ) -> Rendered:
+        """The conversation so far and the header after which the assistant speaks.
+
+        Raises:
+            BadInputError: no messages, or a conversation that the template refuses.
+        """
+        return self._render(messages, tools, header=True, trained=frozenset())
+
+    def conversation(
+        self,
+        messages: Sequence[MessageLike],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        train_on: Literal["all", "last"] = "all",
+    ) -> Rendered:
+        """A whole conversation. Assistant turns (all, or the last one) are NOT_SAMPLED, end of turn included.
+
+        Raises:
+            BadInputError: nothing to train on, a conversation that the template refuses, or a
+                template that rewrites a turn that is to be trained on.
+        """
+        turns = [i for i, m in enumerate(messages) if _role(m) == "assistant"]
+        if not turns:
+            raise BadInputError("The conversation has no assistant turn, so there is nothing to train on.")
+        return self._render(
+            messages, tools, header=False, trained=frozenset(turns if train_on == "all" else turns[-1:])
+        )
+
+    def pair(
+        self,
+        prompt_messages: Sequence[MessageLike],
+        response_messages: Sequence[MessageLike],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> Rendered:
+        """One side of a preference pair: the prompt, and a response whose assistant turns are scored.
+
+        Raises:
+            BadInputError: as for :meth:`conversation`, for the response's turns.
+        """
+        messages = [*prompt_messages, *response_messages]
+        turns = [i for i in range(len(prompt_messages), len(messages)) if _role(messages[i]) == "assistant"]
+        if not turns:
+            raise BadInputError("The response has no assistant turn, so there is nothing to score.")
+        return self._render(messages, tools, header=False, trained=frozenset(turns))
+
+    def with_sampled(self, prompt: Rendered, sampled_ids: Sequence[int], ended: bool) -> Rendered:
+        """Append what the policy sampled, exactly as it sampled it.
+
+        Args:
+            prompt: what it was sampled after.
+            sampled_ids: the ids drawn, end-of-turn token included if it was drawn.
+            ended: whether the policy ended its turn itself. A turn that was cut (length, stop
+                string, interruption) gets no end-of-turn token: the policy did not say it.
+
+        Raises:
+            BadInputError: ``ended`` but the last id ends no turn, or ``prompt`` ends mid-turn.
+        """
+        if prompt.state is not TurnState.HEADER:
+            raise BadInputError(
+                f"The policy cannot speak here: the last turn is {prompt.state.value}, not a header.",
+                advice="Start from prompt(...) or continue_(...).",
+            )
+        ids = tuple(int(i) for i in sampled_ids)
+        if ended and (not ids or ids[-1] not in self.end_of_turn_ids):
+            raise BadInputError(
+                "The turn is said to have ended, but its last id is no end-of-turn token "
+                f"(those are {list(self.end_of_turn_ids)}).",
+                advice="Pass ended=False for a turn that was cut.",
+            )
+        said = {"role": "assistant", "content": self.decode(ids[:-1] if ended else ids)}
+        return replace(
+            prompt,
+            ids=prompt.ids + ids,
+            kinds=prompt.kinds + (TokenKind.SAMPLED,) * len(ids),
+            messages=(*prompt.messages, said),
+            state=TurnState.ENDED if ended else TurnState.CUT,
+        )
+
+    def continue_(self, rendered: Rendered, new_messages: Sequence[MessageLike]) -> Rendered:
+        """Append the next messages and the assistant's header; what is there already stays as it is.
+
+        Raises:
+            BadInputError: nothing new, a new assistant message (use :meth:`conversation`), or a
+                template that would rewrite the turns that are already there.
+        """
+        new: list[Mapping[str, Any]] = [_plain(m) for m in new_messages]
+        if not new or any(m["role"] == "assistant" for m in new):
+            raise BadInputError("continue_ takes one or more messages that are not the assistant's.")
+        old: list[Mapping[str, Any]] = list(rendered.messages)
+        if not old or rendered.state is TurnState.HEADER:
+            raise BadInputError(
+                "There is no finished assistant turn to continue from.",
+                advice="Call with_sampled(...) first.",
+            )
+        if rendered.state is TurnState.CLOSED:
+            text, mark = (
+                self._text([*old, *new], rendered.tools, header=True),
+                self._text(old, rendered.tools),
+            )
+            if not text.startswith(mark):
+                raise self._rewrites(len(old) - 1)
+            messages, start = [*old, *new], len(mark)
+        else:
+            # The sampled turn's text is replaced by a marker: what follows the marker is what the
+            # template writes after the turn, whatever the policy said in it.
+            marker = _marker(len(old) - 1, old + new)
+            messages = [*old[:-1], {"role": "assistant", "content": marker}, *new]
+            text = self._text(messages, rendered.tools, header=True)
+            before = self._text(old[:-1], rendered.tools, header=True)
+            if not text.startswith(before) or text.count(marker) != 1:
+                raise self._rewrites(len(old) - 1)
+            start = text.index(marker) + len(marker)
+            if rendered.state is TurnState.ENDED:
+                ends = [(text.find(e, start), e) for e in self._end_texts if text.find(e, start) >= 0]
+                if ends:
+                    position, end = min(ends)
+                    start = position + len(end)
+        spans = self._content_spans(messages, rendered.tools, True, text)
+        ids, kinds = self._encode(text, start, len(text), spans, messages, trained=False)
+        return replace(
+            rendered,
+            ids=rendered.ids + tuple(ids),
+            kinds=rendered.kinds + tuple(kinds),
+            messages=(*old, *new),
+            state=TurnState.HEADER,
+        )
+
+    def fit(
+        self, rendered: Rendered, max_length: int, policy: Literal["error", "truncate_prompt"] = "error"
+    ) -> Rendered:
+        """Make sure that a conversation is at most ``max_length`` tokens long.
+
+        With ``policy="truncate_prompt"`` the oldest prompt tokens go (a leading begin-of-sequence
+        token stays) and ``dropped`` says how many; a scored token is never cut.
+
+        Raises:
+            BadInputError: too long and ``policy="error"``, or the completion alone is too long.
+        """
+        excess = len(rendered) - max_length
+        if excess <= 0:
+            return rendered
+        if policy == "error":
+            raise BadInputError(
+                f"{len(rendered)} tokens do not fit into {max_length}.",
+                advice="Shorten it, raise the maximum length, or pass policy='truncate_prompt'.",
+            )
+        scored = rendered.scored
+        keep = int(bool(rendered.ids) and rendered.ids[0] == self.tokenizer.bos_token_id)
+        first_scored = scored[0] if scored else len(rendered)
+        # One token must stay before the first scored one: it is what predicts it.
+        if keep + excess > max(first_scored - (keep == 0), 0):
+            raise BadInputError(
+                f"The completion alone has {len(rendered) - first_scored} tokens; {max_length} are allowed.",
+                advice="Raise the maximum length or leave this example out.",
+            )
+        return replace(
+            rendered,
+            ids=rendered.ids[:keep] + rendered.ids[keep + excess :],
+            kinds=rendered.kinds[:keep] + rendered.kinds[keep + excess :],
+            dropped=rendered.dropped + excess,
+        )
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of ``ids`` without control tokens. Bytes that are not UTF-8 become U+FFFD."""
+        text: str = self.tokenizer.decode(
+            list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        return text
+
+    def check_prefix_stable(
+        self,
+        messages: Sequence[MessageLike] | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> None:
+        """Check that every assistant turn of ``messages`` (default: a two-turn chat) continues its prompt.
+
+        Raises:
+            BadInputError: naming the turn that the template writes differently later on.
+        """
+        if messages is None:
+            messages = [
+                {"role": "user", "content": "First question"},
+                {"role": "assistant", "content": "First answer"},
+                {"role": "user", "content": "Second question"},
+                {"role": "assistant", "content": "Second answer"},
+            ]
+        whole = self.conversation(messages, tools)
+        for i, message in enumerate(messages):
+            if _role(message) == "assistant":
+                prompt = self.prompt(messages[:i], tools)
+                if whole.ids[: len(prompt)] != prompt.ids:
+                    raise self._rewrites(i)
+
+    # -- how it is done -----------------------------------------------------------------------
+
+    def _render(
+        self,
+        messages: Sequence[MessageLike],
+        tools: Sequence[Mapping[str, Any]] | None,
+        *,
+        header: bool,
+        trained: frozenset[int],
+    ) -> Rendered:
+        plain = [_plain(m) for m in messages]
+        if not plain:
+            raise BadInputError("There are no messages to render.", advice="Give at least one user message.")
+        tools = tuple(tools) if tools else None
+        text = self._text(plain, tools, header=header)
+        turns: list[tuple[int, int, bool]] = []
+        for i, message in enumerate(plain):
+            if message["role"] != "assistant":
+                continue
+            bounds = self._turn_bounds(plain, i, tools, text)
+            if bounds is not None:
+                turns.append((*bounds, i in trained))
+            elif i in trained:
+                raise self._rewrites(i)
+        spans = self._content_spans(plain, tools, header, text)
+        ids: list[int] = []
+        kinds: list[TokenKind] = []
+        position = 0
+        for start, end, train in [*turns, (len(text), len(text), False)]:
+            for chunk_start, chunk_end, chunk_trained in ((position, start, False), (start, end, train)):
+                more, more_kinds = self._encode(
+                    text, chunk_start, chunk_end, spans, plain, trained=chunk_trained
+                )
+                ids += more
+                kinds += more_kinds
+            position = end
+        return Rendered(
+            ids=tuple(ids),
+            kinds=tuple(kinds),
+            messages=tuple(plain),
+            tools=tools,
+            state=TurnState.HEADER if header else TurnState.CLOSED,
+        )
+
+    def _text(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None,
+        header: bool = False,
+    ) -> str:
+        try:
+            text: str = self.tokenizer.apply_chat_template(
+                [dict(m) for m in messages],
+                tools=[dict(t) for t in tools] if tools else None,
+                chat_template=self.template,
+                add_generation_prompt=header,
+                tokenize=False,
+            )
+        except Exception as error:  # Jinja raises whatever the template's author raised
+            roles = ", ".join(str(m["role"]) for m in messages)
+            raise BadInputError(
+                f"The chat template refuses this conversation ({roles}): {error}",
+                advice="Check the order of the roles; some templates know no system or tool messages.",
+            ) from error
+        return text
+
+    def _turn_bounds(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        turn: int,
+        tools: Sequence[Mapping[str, Any]] | None,
+        text: str,
+    ) -> tuple[int, int] | None:
+        """Where in ``text`` assistant turn ``turn`` begins (after its header) and ends; None if rewritten."""
+        try:
+            before = self._text(messages[:turn], tools, header=True)
+            through = self._text(messages[: turn + 1], tools)
+        except BadInputError:
+            return None
+        if text.startswith(through) and through.startswith(before):
+            return len(before), len(through)
+        return None
+
+    def _content_spans(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None,
+        header: bool,
+        text: str,
+    ) -> list[_Span] | None:
+        """Where each message's content stands in ``text``; None when the template transforms contents.
+
+        Found by rendering the conversation once more with a marker in place of each content, which
+        gives the template's own text, and checked by putting the contents (or, as many templates
+        do, the stripped contents) back.
+        """
+        markers = {_marker(i, messages): i for i, m in enumerate(messages) if m["content"]}
+        if not markers:
+            return []
+        by_message = {i: marker for marker, i in markers.items()}
+        marked = [{**m, "content": by_message.get(i, m["content"])} for i, m in enumerate(messages)]
+        try:
+            parts = re.split("|".join(markers), found := self._text(marked, tools, header))
+        except BadInputError:
+            return None
+        order = [markers[m] for m in re.findall("|".join(markers), found)]
+        if not text.startswith(parts[0]):
+            return None
+        spans: list[_Span] = []
+        position = len(parts[0])
+        for index, literal in zip(order, parts[1:], strict=True):
+            content = str(messages[index]["content"])
+            for variant in dict.fromkeys((content, content.strip(), content.lstrip(), content.rstrip())):
+                end = position + len(variant)
+                if text.startswith(variant, position) and text.startswith(literal, end):
+                    spans.append(_Span(position, end, index))
+                    position = end + len(literal)
+                    break
+            else:
+                return None
+        return spans if position == len(text) else None
+
+    def _encode(
+        self,
+        text: str,
+        start: int,
+        end: int,
+        spans: list[_Span] | None,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        trained: bool,
+    ) -> tuple[list[int], list[TokenKind]]:
+        """Tokenise ``text[start:end]`` on its own and say what each token is."""
+        if start == end:
+            return [], []
+        if spans is None:
+            self._refuse_hidden_control_tokens(messages)
+            inside = []
+        else:
+            inside = [s for s in spans if start <= s.start and s.end <= end and s.start < s.end]
+        # Contents that spell a control token are tokenised apart, as plain text.
+        pieces: list[tuple[int, int, bool]] = []
+        position = start
+        for span in inside:
+            if self._control is not None and self._control.search(text, span.start, span.end):
+                pieces += [(position, span.start, False), (span.start, span.end, True)]
+                position = span.end
+        pieces.append((position, end, False))
+        ids: list[int] = []
+        starts: list[int | None] = []
+        for piece_start, piece_end, literal in pieces:
+            if piece_start < piece_end:
+                more, offsets = self._tokenize(
+                    text[piece_start:piece_end], first=piece_start == 0, literal=literal
+                )
+                ids += more
+                starts += [None if o is None else piece_start + o for o in offsets]
+        in_content = [
+            self.tokenizer_says_content(i)
+            if o is None or spans is None
+            else any(s.start <= o < s.end for s in inside)
+            for i, o in zip(ids, starts, strict=True)
+        ]
+        if not trained:
+            return ids, [TokenKind.PROMPT if c else TokenKind.SPECIAL for c in in_content]
+        last = len(ids) - 1
+        for i in range(len(ids) - 1, -1, -1):
+            if ids[i] in self.end_of_turn_ids and not in_content[i]:
+                last = i
+                break
+        return ids, [TokenKind.NOT_SAMPLED if i <= last else TokenKind.SPECIAL for i in range(len(ids))]
+
+    def tokenizer_says_content(self, token_id: int) -> bool:
+        """Without offsets to go by: anything that is no control token counts as content."""
+        return token_id not in self.special_ids
+
+    def _tokenize(self, text: str, *, first: bool, literal: bool) -> tuple[list[int], list[int | None]]:
+        anchor = "" if first else self._anchor
+        encoded = self._call_tokenizer(anchor + text, literal)
+        ids: list[int] = list(encoded["input_ids"])
+        offsets: list[int | None] = (
+            [o[0] for o in encoded["offset_mapping"]] if self.tokenizer.is_fast else [None] * len(ids)
+        )
+        if anchor:
+            skip = len(self._call_tokenizer(anchor, literal)["input_ids"])
+            ids = ids[skip:]
+            offsets = [None if o is None else max(o - len(anchor), 0) for o in offsets[skip:]]
+        return ids, offsets
+
+    def _call_tokenizer(self, text: str, literal: bool) -> Any:
+        return self.tokenizer(
+            text,
+            add_special_tokens=False,
+            return_offsets_mapping=bool(self.tokenizer.is_fast),
+            split_special_tokens=literal,
+            verbose=False,
+        )
+
+    def _find_anchor(self) -> str:
+        """Text to put before a chunk so that it is tokenised as in the middle of a text.
+
+        SentencePiece tokenizers write a space before the first word of a text; a chunk of a
+        conversation is no beginning. A newline in front, taken off again, keeps that space away.
+        """
+        together = self._call_tokenizer("\nword", False)["input_ids"]
+        apart = (
+            self._call_tokenizer("\n", False)["input_ids"] + self._call_tokenizer("word", False)["input_ids"]
+        )
+        return "" if together == apart else "\n"
+
+    def _template_end_of_turn(self) -> list[int]:
+        probe = [{"role": "user", "content": "Question"}, {"role": "assistant", "content": "zqAnswerqz"}]
+        try:
+            after = self._text(probe, None).partition("zqAnswerqz")[2]
+        except BadInputError:
+            return []
+        ids = self._call_tokenizer(after, False)["input_ids"] if after else []
+        return [i for i in ids if i in self.special_ids][:1]
+
+    def _refuse_hidden_control_tokens(self, messages: Sequence[Mapping[str, Any]]) -> None:
+        for message in messages:
+            found = self._control.search(str(message["content"])) if self._control else None
+            if found:
+                raise BadInputError(
+                    f"A {message['role']} message contains the control token {found[0]!r}, and this chat "
+                    "template changes contents so much that it cannot be told from the template's own.",
+                    advice="Take it out of the message.",
+                )
+
+    def _rewrites(self, turn: int) -> BadInputError:
+        return BadInputError(
+            f"The chat template writes message {turn + 1} differently once more messages follow (or "
+            "cannot write the turns before it alone), so its tokens cannot be told for certain.",
+            advice="Train on the last turn only (train_on='last'), or use another template.",
+        )
+
+
+def _role(message: MessageLike) -> str:
+    return str(message.role if isinstance(message, Message) else message.get("role"))
+
+
+def _plain(message: MessageLike) -> dict[str, Any]:
+    """A message as chat templates expect it: text content, tool-call arguments as objects, no nulls."""
+    data = message.model_dump(mode="json") if isinstance(message, Message) else dict(message)
+    plain = {key: value for key, value in data.items() if value is not None}
+    if not isinstance(plain.get("role"), str):
+        raise BadInputError(f"A message needs a role; this one has the keys {sorted(data)}.")
+    content = plain.get("content", "")
+    if isinstance(content, Sequence) and not isinstance(content, str):
+        if not all(isinstance(p, Mapping) and p.get("type") == "text" for p in content):
+            raise BadInputError("A text model reads text parts only; this message has other parts as well.")
+        content = "".join(str(p["text"]) for p in content)
+    if not isinstance(content, str):
+        raise BadInputError(f"A message's content must be text, not {type(content).__name__}.")
+    if any("\ud800" <= c <= "\udfff" for c in content):
+        raise BadInputError(
+            "A message contains half a surrogate pair, which is no text.", advice="Decode it as UTF-8."
+        )
+    plain["content"] = content
+    if "tool_calls" in plain:
+        plain["tool_calls"] = [_plain_call(call) for call in plain["tool_calls"]]
+    return plain
+
+
+def _plain_call(call: Any) -> Any:
+    function = call.get("function") if isinstance(call, Mapping) else None
+    if not isinstance(function, Mapping) or not isinstance(function.get("arguments"), str):
+        return call
+    try:
+        arguments = json.loads(function["arguments"])
+    except json.JSONDecodeError:
+        return call  # the model wrote something that is no JSON: show it as it is
+    return {**call, "function": {**function, "arguments": arguments}}
+
+
+def _marker(index: int, messages: Sequence[Mapping[str, Any]]) -> str:
+    """A word that occurs in none of the messages and that no template has a reason to touch."""
+    salt = 0
+    everything = repr(messages)
+    while f"zqcontent{salt}n" in everything:
+        salt += 1
+    return f"zqcontent{salt}n{index}zq"
