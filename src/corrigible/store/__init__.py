@@ -1,0 +1,41 @@
+"""The store: append-only records in SQLite or PostgreSQL, blobs beside them, and a feed of what changed.
+
+- :class:`Store` opens a database by path or URL (``store.py``); everything is added through a
+  :class:`Transaction` (``transaction.py``) and asked for through a :class:`FeedbackFilter` (``queries.py``).
+- A record is stored as the JSON text it was added with, beside a few columns copied out for indices
+  (``schema.py``). No record is ever changed or removed: triggers refuse it. Revisions of the schema are
+  Alembic's (``migrations/``) and are run when a store is opened (``database.py``).
+- :class:`Blobs` keeps files by content hash (``blobs.py``).
+- :func:`load_pairs` turns judgements into preference pairs with their texts (``pairs.py``).
+- ``formats/`` brings other people's files in and takes ours out.
+
+    >>> from corrigible.records import Annotator, comparison
+    >>> from corrigible.store import Store, load_pairs
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder, Store.open(f"{folder}/corrigible.db") as store:
+    ...     record, items = comparison("2+2?", "4", "5", annotator=Annotator(pseudonym="ada", type="human"))
+    ...     store.add_feedback([record], items)
+    ...     store.add_feedback([record], items)
+    ...     [pair.chosen_text for pair in load_pairs(store)]
+    Added(new=1, existing=0)
+    Added(new=0, existing=1)
+    ['4']
+"""
+
+from corrigible.store.blobs import Blobs
+from corrigible.store.pairs import Pair, load_pairs
+from corrigible.store.queries import Change, FeedbackFilter
+from corrigible.store.store import PolicyEvent, Store
+from corrigible.store.transaction import Added, Transaction
+
+__all__ = [
+    "Added",
+    "Blobs",
+    "Change",
+    "FeedbackFilter",
+    "Pair",
+    "PolicyEvent",
+    "Store",
+    "Transaction",
+    "load_pairs",
+]

@@ -1,0 +1,235 @@
+"""Judgements as preference pairs with their texts: what reward models and preference losses learn from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from corrigible.errors import BadInputError
+from corrigible.events import Message as Said
+from corrigible.events import emit
+from corrigible.records import MESSAGES_MEDIA_TYPE, Feedback, Item, Message
+from corrigible.records.envelope import Scope
+from corrigible.records.views import PairRow, pairs, usable
+from corrigible.store.store import Store
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pair:
+    """One response preferred to another, with how surely, and where that comes from.
+
+    ``p_chosen`` in [0, 1] is the soft label (a tie is 0.5); ``weight`` > 0 how much the pair counts.
+    ``group`` is the task (topic, first message, queue item) when the judgement names one, else the prompt:
+    data is split by it, never by row. ``chosen_ref``, ``rejected_ref`` and ``prompt_ref`` are the items'
+    SHA-256; ``chosen_episode`` and ``rejected_episode`` say which episode a response was sampled in.
+    ``prompt`` is empty and ``prompt_ref`` None when the judgement was about the responses alone.
+    """
+
+    prompt: tuple[Message, ...]
+    chosen: tuple[Message, ...]
+    rejected: tuple[Message, ...]
+    p_chosen: float
+    weight: float
+    group: str
+    annotators: tuple[str, ...]
+    derived_from: tuple[str, ...]
+    criterion: str
+    chosen_ref: str
+    rejected_ref: str
+    prompt_ref: str | None = None
+    chosen_episode: str | None = None
+    rejected_episode: str | None = None
+
+    @property
+    def prompt_text(self) -> str:
+        """The prompt's messages as text, joined by blank lines."""
+        return _text(self.prompt)
+
+    @property
+    def chosen_text(self) -> str:
+        """The preferred response as text."""
+        return _text(self.chosen)
+
+    @property
+    def rejected_text(self) -> str:
+        """The other response as text."""
+        return _text(self.rejected)
+
+
+@dataclass(frozen=True)
+class _Source:
+    """What a pair needs of the record it comes from, kept small while records stream by."""
+
+    task: str | None
+    episodes: dict[str, str] = field(default_factory=dict)
+
+
+def load_pairs(
+    store: Store,
+    *,
+    ties: Literal["half", "drop"] = "half",
+    aggregate: bool = False,
+    criterion: str | None = None,
+    scope: Scope = "train",
+    **filters: Any,
+) -> list[Pair]:
+    """The preference pairs that the store's live feedback implies, in the order the feedback was given.
+
+    Args:
+        store: where from.
+        ties: a tie becomes a pair with ``p_chosen`` 0.5, or is dropped.
+        aggregate: merge all pairs with the same prompt, the same two responses (in either order) and the
+            same criterion into one: ``p_chosen`` is the weighted mean of the votes (ties count half),
+            ``weight`` their sum, and the side with more votes is the chosen one. The merged pair's
+            ``group`` is the first (smallest) of the votes' tasks.
+        criterion: only pairs judged on this criterion; judgements of kinds without one (rankings, edits)
+            count as "overall".
+        scope: leave out records whose consent does not include this use.
+        filters: as for :meth:`Store.feedback` (``kind``, ``annotator``, ``policy``, ``task``, …).
+
+    Pairs of images, trajectories and other things that are no text are left out and counted in a message
+    event.
+
+    Raises:
+        BadInputError: an item that a judgement is about is not in the store; an unknown filter or ``ties``.
+    """
+    if ties not in ("half", "drop"):
+        raise BadInputError(f"Unknown ties={ties!r}.", advice="One of 'half', 'drop'.")
+    sources: dict[str, _Source] = {}
+    try:
+        records = usable(store.feedback(**filters), scope=scope)
+    except TypeError as error:
+        raise BadInputError(f"No such filter: {error}.") from error
+    rows = [
+        row
+        for row in pairs(_noting(records, sources), ties=ties)
+        if criterion is None or row.criterion == criterion
+    ]
+    texts, untexted = _messages(store, rows)
+    found: list[Pair] = []
+    left_out = 0
+    for row in rows:
+        if row.chosen in untexted or row.rejected in untexted or row.context in untexted:
+            left_out += 1
+        else:
+            found.append(_pair(row, texts, sources))
+    if left_out:
+        emit(Said(text=f"{left_out} of {len(rows)} pairs are not about text and were left out"))
+    return _aggregated(found) if aggregate else found
+
+
+def _noting(records: Iterable[Feedback], sources: dict[str, _Source]) -> Iterator[Feedback]:
+    for record in records:
+        episodes = {t.sha256: t.episode for t in record.targets if t.episode is not None}
+        sources[record.id] = _Source(record.task_id, episodes)
+        yield record
+
+
+def _messages(store: Store, rows: Sequence[PairRow]) -> tuple[dict[str, tuple[Message, ...]], set[str]]:
+    """The messages of every item the rows name (a plain text is an assistant's as a response, a user's as a
+    prompt), and the items that are no text."""
+    contexts = {row.context for row in rows if row.context is not None}
+    responses = {sha for row in rows for sha in (row.chosen, row.rejected)}
+    texts: dict[str, tuple[Message, ...]] = {}
+    untexted: set[str] = set()
+    for wanted, role in ((contexts, "user"), (responses, "assistant")):
+        held = store.items(sorted(wanted))
+        missing = wanted - held.keys()
+        if missing:
+            raise BadInputError(
+                f"{len(missing)} items that judgements are about are not in the store, such as "
+                f"{min(missing)}.",
+                advice="Add them with add_items, or import again from the source.",
+            )
+        for sha, item in held.items():
+            messages = _item_messages(item, role)
+            if messages is None:
+                untexted.add(sha)
+            else:
+                texts[_key(sha, role)] = messages
+    return texts, untexted
+
+
+def _item_messages(item: Item, role: Literal["user", "assistant"] | str) -> tuple[Message, ...] | None:
+    if item.media_type == MESSAGES_MEDIA_TYPE:
+        return item.messages()
+    if item.text is None or not item.media_type.startswith("text/"):
+        return None
+    return (Message.model_validate({"role": role, "content": item.text}),)
+
+
+def _key(sha: str, role: str) -> str:
+    # The same text may be one pair's prompt and another one's response.
+    return f"{role}:{sha}"
+
+
+def _pair(row: PairRow, texts: dict[str, tuple[Message, ...]], sources: dict[str, _Source]) -> Pair:
+    found = [sources[name] for name in row.derived_from if name in sources]
+    tasks = [source.task for source in found if source.task is not None]
+    episodes: dict[str, str] = {}
+    for source in found:
+        episodes.update(source.episodes)
+    return Pair(
+        prompt=texts[_key(row.context, "user")] if row.context is not None else (),
+        chosen=texts[_key(row.chosen, "assistant")],
+        rejected=texts[_key(row.rejected, "assistant")],
+        p_chosen=row.p_chosen,
+        weight=row.weight,
+        group=tasks[0] if tasks else row.context or f"item:{min(row.chosen, row.rejected)}",
+        annotators=(row.annotator,),
+        derived_from=row.derived_from,
+        criterion=row.criterion,
+        chosen_ref=row.chosen,
+        rejected_ref=row.rejected,
+        prompt_ref=row.context,
+        chosen_episode=episodes.get(row.chosen),
+        rejected_episode=episodes.get(row.rejected),
+    )
+
+
+def _aggregated(votes: Sequence[Pair]) -> list[Pair]:
+    ballots: dict[tuple[str | None, str, str, str], list[Pair]] = {}
+    for vote in votes:
+        first, second = sorted((vote.chosen_ref, vote.rejected_ref))
+        ballots.setdefault((vote.prompt_ref, first, second, vote.criterion), []).append(vote)
+    return [_merged(ballot) for ballot in ballots.values()]
+
+
+def _merged(ballot: Sequence[Pair]) -> Pair:
+    # Counted for the smaller hash, so that the result does not depend on the order of the votes.
+    first = min(ballot[0].chosen_ref, ballot[0].rejected_ref)
+    weight = sum(vote.weight for vote in ballot)
+    for_first = sum(
+        vote.weight * (vote.p_chosen if vote.chosen_ref == first else 1.0 - vote.p_chosen) for vote in ballot
+    )
+    share = for_first / weight
+    chosen_is_first = share >= 0.5
+    like = next((v for v in ballot if (v.chosen_ref == first) == chosen_is_first), None)
+    if like is None:  # every vote is the other way round, and says so weakly (p_chosen below one half)
+        like = _swapped(ballot[0])
+    return replace(
+        like,
+        p_chosen=share if chosen_is_first else 1.0 - share,
+        weight=weight,
+        group=min(vote.group for vote in ballot),
+        annotators=tuple(dict.fromkeys(name for vote in ballot for name in vote.annotators)),
+        derived_from=tuple(dict.fromkeys(name for vote in ballot for name in vote.derived_from)),
+    )
+
+
+def _swapped(pair: Pair) -> Pair:
+    return replace(
+        pair,
+        chosen=pair.rejected,
+        rejected=pair.chosen,
+        p_chosen=1.0 - pair.p_chosen,
+        chosen_ref=pair.rejected_ref,
+        rejected_ref=pair.chosen_ref,
+        chosen_episode=pair.rejected_episode,
+        rejected_episode=pair.chosen_episode,
+    )
+
+
+def _text(messages: tuple[Message, ...]) -> str:
+    return "\n\n".join(message.text for message in messages)
