@@ -95,7 +95,7 @@ def token_logprobs(
         if not bool(values.detach().isfinite().all()):
             raise NumericsError(
                 f"The log-probabilities of row {i} are not finite.",
-                advice="Weights or activations overflowed: lower the learning rate, or use float32 or bfloat16.",
+                advice="Something overflowed: lower the learning rate, or use float32 or bfloat16.",
             )
     return finished
 
@@ -114,8 +114,8 @@ def _check(policy: LanguagePolicy, batch: Sequence[Rendered]) -> list[tuple[int,
             raise BadInputError(f"Row {i} of the batch scores its first token, but nothing stands before it.")
         if len(rendered) > policy.context_length:
             raise BadInputError(
-                f"Row {i} of the batch has {len(rendered)} tokens; {policy.name} reads {policy.context_length}.",
-                advice="Use renderer.fit(rendered, max_length, policy='truncate_prompt') or leave it out.",
+                f"Row {i} has {len(rendered)} tokens; {policy.name} reads {policy.context_length}.",
+                advice="Leave it out, or use renderer.fit(rendered, max_length, policy='truncate_prompt').",
             )
     return scored
 

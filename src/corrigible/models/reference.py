@@ -29,7 +29,7 @@ def logprobs_reference(model: LanguagePolicy | nn.Module, ids: Sequence[int]) ->
 
 
 def distribution_reference(logits: Sequence[float], sampling: Sampling) -> list[float]:
-    """The sampling distribution, by the definition in :mod:`corrigible.models.sampling`: ``(vocabulary,)``."""
+    """The sampling distribution ``(vocabulary,)``, as :mod:`corrigible.models.sampling` defines it."""
     if sampling.temperature == 0:
         best = max(range(len(logits)), key=lambda i: (logits[i], -i))
         return [1.0 if i == best else 0.0 for i in range(len(logits))]
