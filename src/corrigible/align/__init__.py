@@ -1,0 +1,57 @@
+"""How a policy moves: losses, the registry of algorithms, sources of examples, and the one trainer.
+
+    from corrigible.align import TrainConfig, train_dpo
+    version = train_dpo(pairs, "smollm2-135m", out="runs/dpo", config=TrainConfig(lr=1e-4))
+
+- ``losses``: pure functions from log-probs to a loss; they know no model and no file.
+- ``registry``: an algorithm is source x weight x objective, one decorated function each.
+- ``sources``: what a batch is made of; the order depends on the seed alone.
+- ``reference``: log-probs under the frozen reference, once, before the first step.
+- ``trainer`` (settings in ``config``, files in ``checkpoint``, Ctrl-C in ``interrupts``): the loop.
+- ``implicit_reward``: what a trained policy prefers, tested on comparisons it has not seen.
+- ``dpo``: pairs to policy version in one call.
+
+To add an algorithm, write its objective and decorate it; the trainer stays as it is.
+"""
+
+from corrigible.align.config import TrainConfig, learning_rate
+from corrigible.align.dpo import train_dpo, trained_on
+from corrigible.align.implicit_reward import ImplicitReward, implicit_reward_accuracy
+from corrigible.align.losses import LossOutput, dpo_loss
+from corrigible.align.reference import reference_logprobs
+from corrigible.align.registry import (
+    ALGORITHMS,
+    Algorithm,
+    AlgorithmConfig,
+    DPOConfig,
+    ScoredExamples,
+    algorithm,
+    get_algorithm,
+)
+from corrigible.align.sources import Behaviour, PairExample, PairSource, Unusable
+from corrigible.align.trainer import Trainer, TrainResult
+
+__all__ = [
+    "ALGORITHMS",
+    "Algorithm",
+    "AlgorithmConfig",
+    "Behaviour",
+    "DPOConfig",
+    "ImplicitReward",
+    "LossOutput",
+    "PairExample",
+    "PairSource",
+    "ScoredExamples",
+    "TrainConfig",
+    "TrainResult",
+    "Trainer",
+    "Unusable",
+    "algorithm",
+    "dpo_loss",
+    "get_algorithm",
+    "implicit_reward_accuracy",
+    "learning_rate",
+    "reference_logprobs",
+    "train_dpo",
+    "trained_on",
+]

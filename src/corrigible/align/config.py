@@ -1,0 +1,60 @@
+"""The trainer's settings and what follows from them alone: the learning rate of every step."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+ReferenceMode = Literal["start", "base"]
+
+
+class TrainConfig(BaseModel):
+    """Settings of the trainer, the same for every algorithm."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    epochs: float = Field(1.0, gt=0, description="Passes over the data; ignored when `steps` is given.")
+    steps: int | None = Field(None, ge=1, description="Optimiser steps.")
+    batch_size: int = Field(16, ge=1, description="Examples (pairs) in one optimiser step.")
+    micro_batch_tokens: int = Field(
+        2048,
+        ge=1,
+        description="Most tokens in one forward pass, padding included: bounds memory, changes nothing else.",
+    )
+    lr: float = Field(
+        1e-4, gt=0, description="Peak learning rate; about 1e-4 for LoRA, 1e-6 for full fine-tuning."
+    )
+    schedule: Literal["constant", "linear", "cosine"] = Field(
+        "linear", description="Decay of the learning rate after warm-up, to 0 at the last step."
+    )
+    warmup: float = Field(0.1, ge=0, le=1, description="Share of the steps over which the rate rises from 0.")
+    betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW's decay rates.")
+    eps: float = Field(1e-8, gt=0, description="AdamW's epsilon.")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW's decoupled weight decay.")
+    max_grad_norm: float = Field(1.0, gt=0, description="Gradients longer than this are scaled down to it.")
+    reference: ReferenceMode = Field(
+        "start",
+        description="What the policy is held near: itself at the `start`, or its `base` without adapter.",
+    )
+    seed: int = Field(0, ge=0, description="Of anything random while training.")
+    checkpoint_every: int = Field(25, ge=1, description="Steps between checkpoints.")
+
+
+def learning_rate(step: int, total: int, config: TrainConfig) -> float:
+    """The learning rate of step ``step`` (from 0) of ``total``: linear warm-up, then the schedule.
+
+    The first step already moves, and so does the last: the decay reaches 0 one step after it.
+    """
+    warmup = math.ceil(config.warmup * total) if config.warmup else 0
+    if step < warmup:
+        return config.lr * (step + 1) / (warmup + 1)
+    share = (step - warmup) / max(total - warmup, 1)
+    match config.schedule:
+        case "constant":
+            return config.lr
+        case "linear":
+            return config.lr * (1.0 - share)
+        case "cosine":
+            return config.lr * 0.5 * (1.0 + math.cos(math.pi * share))

@@ -1,0 +1,197 @@
+"""Log-probabilities under the frozen reference: computed once, before the first step, and kept.
+
+No second copy of the model is ever in memory. The reference is the policy as it stands before
+training (``"start"``), or the model below its adapter (``"base"``), or another policy that is only
+needed here. Because the pass is over before the first step, a reference with the trained adapter
+left on is not a mistake that can be made later.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from corrigible.align.checkpoint import write_atomically
+from corrigible.align.config import ReferenceMode
+from corrigible.align.sources import Example, PairExample, row_key
+from corrigible.errors import BadInputError, NumericsError
+from corrigible.events import Alert, Message, Progress, emit
+from corrigible.models import LanguagePolicy, Rendered
+from corrigible.models.logprobs import token_logprobs
+
+UNSPLIT = 1 << 40
+"""The token budget of batches that were cut here already."""
+
+ReferenceLogprobs = dict[bytes, Tensor]
+"""By :func:`~corrigible.align.sources.row_key`, log-probs of a row's scored tokens, ``(tokens,)`` float32."""
+
+
+def micro_batches(sizes: Sequence[int], token_budget: int) -> list[list[int]]:
+    """Cut items into batches whose padded size stays within a budget; a pure function of the sizes.
+
+    Args:
+        sizes: tokens of each item, ``(n,)``; an item is never cut.
+        token_budget: most tokens in a batch, counting every item at the size of its largest. A
+            larger item forms a batch of its own.
+
+    Returns:
+        Indices, longest first, so that items of one batch are about equally long (little padding)
+        and running out of memory happens at once or not at all.
+    """
+    order = sorted(range(len(sizes)), key=lambda i: (-sizes[i], i))
+    batches: list[list[int]] = []
+    for index in order:
+        # The first item of a batch is its largest.
+        if batches and (len(batches[-1]) + 1) * sizes[batches[-1][0]] <= token_budget:
+            batches[-1].append(index)
+        else:
+            batches.append([index])
+    return batches
+
+
+def reference_weights(policy: LanguagePolicy, mode: ReferenceMode) -> str:
+    """Sha256 of the weights that the reference pass of ``mode`` uses."""
+    return policy.weights_sha256("base" if _without_adapter(policy, mode) else "all")
+
+
+def _without_adapter(policy: LanguagePolicy, mode: ReferenceMode) -> bool:
+    if not policy.has_adapter or mode == "base":
+        return True
+    # A fresh adapter's second factor is zero: the policy with it is the base model, bit for bit.
+    second = [p for name, p in policy.model.named_parameters() if ".lora_B." in name]
+    return bool(second) and not any(bool(p.detach().any()) for p in second)
+
+
+def reference_logprobs(
+    policy: LanguagePolicy,
+    examples: Iterable[Example],
+    *,
+    mode: ReferenceMode = "start",
+    micro_batch_tokens: int = 4096,
+    cache: Path | None = None,
+    behaviour_weights: Mapping[str, str] | None = None,
+    check_stop: Callable[[], None] = lambda: None,
+) -> ReferenceLogprobs:
+    """Log-probs of every row of ``examples`` under the reference, each distinct row once.
+
+    Args:
+        policy: the policy before training.
+        examples: whose rows to score.
+        mode: ``"start"`` scores with the policy as it is, a starting adapter included; ``"base"``
+            with its adapter disabled.
+        micro_batch_tokens: most tokens in one forward pass, padding included.
+        cache: file to keep the result in; only used again for the same weights and rows.
+        behaviour_weights: sha256 of the weights of policy versions, by id. A row sampled by a
+            version whose weights are exactly the reference's takes its recorded log-probs.
+        check_stop: called between forward passes; may raise. What is done by then is kept in ``cache``.
+
+    Raises:
+        NumericsError: the reference gives NaN or infinite log-probs.
+        StorageError: the cache cannot be written.
+    """
+    examples = list(examples)
+    rows = {row_key(row): row for example in examples for row in example.rows}
+    weights = reference_weights(policy, mode)
+    known = _recorded(examples, weights, behaviour_weights or {})
+    recorded = len(known)
+    todo = [(key, row) for key, row in rows.items() if key not in known]
+    if cache is not None:
+        known |= _read_cache(cache, weights)
+
+    batches = micro_batches([len(row) for _, row in todo], micro_batch_tokens)
+    done = 0
+    without = policy.has_adapter and _without_adapter(policy, mode)
+    disabled = policy.adapter_disabled() if without else nullcontext()
+    policy.model.eval()
+    try:
+        with torch.inference_mode(), disabled:
+            for batch in batches:
+                keys = [todo[i][0] for i in batch]
+                # Whole batches are skipped or computed: a resumed pass has the same bits as an
+                # uninterrupted one only if its batches are the same.
+                if not all(key in known for key in keys):
+                    check_stop()
+                    scores = token_logprobs(policy, [todo[i][1] for i in batch], token_budget=UNSPLIT)
+                    for key, score in zip(keys, scores, strict=True):
+                        known[key] = score.detach().to("cpu", torch.float32)
+                done += len(batch)
+                emit(Progress(task="reference log-probs", done=done, total=len(todo), unit="row"))
+    finally:
+        if cache is not None and todo:
+            _write_cache(cache, weights, {key: known[key] for key, _ in todo if key in known})
+    if recorded:
+        emit(Message(text=f"{recorded} of {len(rows)} reference log-probs were recorded at sampling."))
+    _check(rows, known)
+    return {key: known[key] for key in rows}
+
+
+def _recorded(
+    examples: Sequence[Example], weights: str, behaviour_weights: Mapping[str, str]
+) -> ReferenceLogprobs:
+    found: ReferenceLogprobs = {}
+    for example in examples:
+        if not isinstance(example, PairExample):
+            continue
+        for row, behaviour in zip(example.rows, example.behaviour, strict=True):
+            if behaviour is not None and behaviour_weights.get(behaviour.policy) == weights:
+                found[row_key(row)] = torch.tensor(behaviour.logprobs, dtype=torch.float32)
+    return found
+
+
+def _check(rows: Mapping[bytes, Rendered], known: ReferenceLogprobs) -> None:
+    for key, row in rows.items():
+        scores = known[key]
+        if len(scores) != len(row.scored):
+            raise BadInputError(
+                f"reference_shape: {len(scores)} log-probs for {len(row.scored)} scored tokens.",
+                advice="The recorded log-probs or the cache belong to other tokens; remove the cache file.",
+            )
+        if not bool(torch.isfinite(scores).all()):
+            emit(Alert(name="reference_not_finite", message="The reference gives NaN or infinite log-probs."))
+            raise NumericsError(
+                "reference_not_finite: the reference gives NaN or infinite log-probs.",
+                advice="Its weights are damaged, or a token of the data is impossible under it.",
+            )
+
+
+def _read_cache(path: Path, weights: str) -> ReferenceLogprobs:
+    from safetensors import SafetensorError, safe_open
+
+    if not path.exists():
+        return {}
+    try:
+        with safe_open(path, framework="pt") as file:
+            if (file.metadata() or {}).get("weights") != weights:
+                return {}
+            keys, lengths, flat = (file.get_tensor(name) for name in ("keys", "lengths", "logprobs"))
+            if (file.metadata() or {}).get("sha256") != _digest(keys, lengths, flat):
+                raise ValueError("checksum")
+    except (OSError, ValueError, SafetensorError):
+        emit(Alert(name="cache_damaged", message=f"{path} is damaged; its log-probs are computed again."))
+        return {}
+    parts = flat.split(lengths.tolist())
+    return {bytes(key.numpy()): part for key, part in zip(keys, parts, strict=True)}
+
+
+def _write_cache(path: Path, weights: str, known: ReferenceLogprobs) -> None:
+    from safetensors.torch import save
+
+    if not known:
+        return
+    keys = torch.stack([torch.frombuffer(bytearray(key), dtype=torch.uint8) for key in known])
+    lengths = torch.tensor([len(scores) for scores in known.values()])
+    flat = torch.cat(list(known.values()))
+    metadata = {"weights": weights, "sha256": _digest(keys, lengths, flat)}
+    write_atomically(path, save({"keys": keys, "lengths": lengths, "logprobs": flat}, metadata))
+
+
+def _digest(*tensors: Tensor) -> str:
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(tensor.contiguous().numpy().tobytes())
+    return digest.hexdigest()

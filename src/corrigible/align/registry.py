@@ -1,0 +1,194 @@
+"""The algorithms, each a named triple: where examples come from, what they are worth, how the policy moves.
+
+An algorithm is one objective (a function of scored examples) and one registry entry::
+
+    @algorithm("dpo", source="pairs", weight="judgement", config=DPOConfig, learns_from=..., paper=...)
+    def dpo(batch: ScoredExamples[PairExample], config: DPOConfig) -> LossOutput: ...
+
+The trainer never asks which algorithm it runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, Protocol, TypeVar
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+from corrigible.align.losses import LossOutput, dpo_loss
+from corrigible.align.sources import Example, PairExample
+from corrigible.errors import BadInputError, MissingError
+
+E = TypeVar("E", bound=Example)
+C = TypeVar("C", bound="AlgorithmConfig")
+
+
+class AlgorithmConfig(BaseModel):
+    """Base of every algorithm's settings: frozen, and unknown keys are refused by name."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+@dataclass(frozen=True)
+class ScoredExamples(Generic[E]):
+    """Examples with the log-probs of their rows: everything an objective may look at.
+
+    Attributes:
+        examples: the examples, in order.
+        policy: per row (all rows of example 0, then of example 1, ...) the log-probs of its scored
+            tokens under the policy, ``(tokens,)`` float32, with gradient.
+        reference: the same under the frozen reference, without gradient; ``None`` for an
+            algorithm that needs none.
+        denominator: total weight of the whole batch, of which these may be a micro-batch.
+    """
+
+    examples: Sequence[E]
+    policy: Sequence[Tensor]
+    reference: Sequence[Tensor] | None
+    denominator: float
+
+    def policy_logps(self) -> Tensor:
+        """Summed log-probs of every row under the policy, ``(rows,)``, nats, with gradient."""
+        return torch.stack([tokens.sum() for tokens in self.policy])
+
+    def reference_logps(self) -> Tensor:
+        """Summed log-probs of every row under the reference, ``(rows,)``, nats."""
+        if self.reference is None:
+            raise BadInputError(
+                "This objective needs reference log-probs and its algorithm declares needs_reference=False.",
+                advice="Declare needs_reference=True in its @algorithm entry.",
+            )
+        return torch.stack([tokens.sum() for tokens in self.reference])
+
+    def column(self, name: str) -> Tensor:
+        """One number of every example (``weight``, ``p_chosen``, ...) as ``(examples,)`` float32."""
+        device = self.policy[0].device
+        return torch.tensor([float(getattr(e, name)) for e in self.examples], device=device)
+
+
+class Objective(Protocol):
+    """A function from scored examples and the algorithm's config to a loss."""
+
+    def __call__(self, batch: ScoredExamples[Any], config: Any) -> LossOutput: ...
+
+
+@dataclass(frozen=True)
+class Algorithm:
+    """A registry entry.
+
+    Attributes:
+        name: what users type.
+        source: the kind of examples it trains on (``"pairs"``).
+        weight: what an example is worth (``"judgement"``: the weight of the judgements behind it).
+        objective: the loss on scored examples.
+        config: its typed settings, with documented defaults.
+        learns_from: the feedback kinds it can learn from.
+        needs_reference: whether log-probs under the frozen reference are computed for it.
+        paper: where it comes from.
+        doc: what it does and when to choose it.
+    """
+
+    name: str
+    source: str
+    weight: str
+    objective: Objective
+    config: type[AlgorithmConfig]
+    learns_from: frozenset[str]
+    needs_reference: bool
+    paper: str
+    doc: str
+
+
+ALGORITHMS: dict[str, Algorithm] = {}
+"""Every algorithm by name."""
+
+
+def algorithm(
+    name: str,
+    *,
+    source: str,
+    weight: str,
+    config: type[AlgorithmConfig],
+    learns_from: Iterable[str],
+    paper: str,
+    needs_reference: bool = True,
+) -> Callable[[Objective], Objective]:
+    """Register the decorated objective under ``name``; its docstring becomes the entry's ``doc``.
+
+    Raises:
+        BadInputError: the name is taken, or the objective has no docstring.
+    """
+
+    def register(objective: Objective) -> Objective:
+        if name in ALGORITHMS:
+            raise BadInputError(f"The algorithm '{name}' is already registered.", advice="Pick another name.")
+        doc = (objective.__doc__ or "").strip()
+        if not doc:
+            raise BadInputError(
+                f"The algorithm '{name}' has no docstring.", advice="Say what it does and when."
+            )
+        ALGORITHMS[name] = Algorithm(
+            name, source, weight, objective, config, frozenset(learns_from), needs_reference, paper, doc
+        )
+        return objective
+
+    return register
+
+
+def get_algorithm(name: str) -> Algorithm:
+    """The entry of that name.
+
+    Raises:
+        MissingError: there is none.
+    """
+    if name not in ALGORITHMS:
+        raise MissingError(
+            f"There is no algorithm '{name}'.", advice=f"Known: {', '.join(sorted(ALGORITHMS))}."
+        )
+    return ALGORITHMS[name]
+
+
+PAIR_KINDS = frozenset({"comparison", "ranking", "rating", "reaction", "edit"})
+"""Feedback kinds from which :mod:`corrigible.records.views` derives pairs."""
+
+
+class DPOConfig(AlgorithmConfig):
+    """Settings of DPO."""
+
+    beta: float = Field(
+        0.1, gt=0, description="KL coefficient: small lets the policy move far, large keeps it near."
+    )
+    label_smoothing: float = Field(
+        0.0, ge=0, lt=0.5, description="Assumed share of flipped labels (cDPO); 0 trusts every label."
+    )
+
+
+@algorithm(
+    "dpo",
+    source="pairs",
+    weight="judgement",
+    config=DPOConfig,
+    learns_from=PAIR_KINDS,
+    paper="Rafailov et al. 2023, Direct Preference Optimization (arXiv:2305.18290); cDPO: Mitchell 2023",
+)
+def dpo(batch: ScoredExamples[PairExample], config: DPOConfig) -> LossOutput:
+    """Direct preference optimisation: fit the policy's implicit reward to comparisons.
+
+    Choose it first: it needs pairs, one model in memory, and no sampling while it trains. With
+    noisy labels set ``label_smoothing``; votes are used as soft labels as they are.
+    """
+    policy, reference = batch.policy_logps(), batch.reference_logps()
+    return dpo_loss(
+        policy[0::2],
+        policy[1::2],
+        reference[0::2],
+        reference[1::2],
+        beta=config.beta,
+        label_smoothing=config.label_smoothing,
+        p_chosen=batch.column("p_chosen"),
+        weight=batch.column("weight"),
+        denominator=batch.denominator,
+    )

@@ -1,0 +1,239 @@
+"""Sources of training examples: what a batch is made of, in which order, from which records.
+
+A source renders everything once, before the first step, so that a bad example is met in the first
+seconds and not at step 900. Which examples form step ``k`` is a pure function of the seed and
+``k``: a resumed run needs no iterator state, and cannot skip or repeat an example.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple, Protocol
+
+import numpy as np
+
+from corrigible.errors import BadInputError
+from corrigible.events import Alert, emit, track
+from corrigible.models.renderer import SCORED, Rendered, Renderer
+from corrigible.records import Episode, Message
+from corrigible.store import Pair
+
+
+class Example(Protocol):
+    """What the trainer needs to know of an example: its rows of tokens and what it is worth."""
+
+    @property
+    def rows(self) -> tuple[Rendered, ...]: ...
+
+    @property
+    def weight(self) -> float: ...
+
+
+@dataclass(frozen=True)
+class PairExample:
+    """Two rendered responses to one prompt, and how sure it is that the first is the better one.
+
+    Attributes:
+        rows: ``(chosen, rejected)``; both begin with the same prompt tokens.
+        p_chosen: label in [0, 1]; 0.5 for a tie.
+        weight: what the judgements behind it are worth, > 0.
+        group: the cluster it belongs to (task or prompt), for splits and intervals.
+        derived_from: ids of the feedback records behind it.
+        prompt_tokens_cut: how many of the oldest prompt tokens were left out to fit, on both sides alike.
+        behaviour: per side, the log-probs of its scored tokens that were recorded when it was sampled
+            (under the plain model, temperature 1), and the id of the policy version that sampled
+            it; ``None`` when it was not sampled by a recorded policy.
+    """
+
+    rows: tuple[Rendered, Rendered]
+    p_chosen: float
+    weight: float
+    group: str
+    derived_from: tuple[str, ...]
+    prompt_tokens_cut: int = 0
+    behaviour: tuple[Behaviour | None, Behaviour | None] = (None, None)
+
+
+class Behaviour(NamedTuple):
+    """What was recorded when a response was sampled: who said it, and with which log-probs."""
+
+    policy: str
+    logprobs: tuple[float, ...]
+
+
+class Unusable(BadInputError):
+    """An example that cannot be trained on; ``reason`` is one of a few stable names."""
+
+    def __init__(self, reason: str, message: str, *, advice: str = "") -> None:
+        super().__init__(f"{reason}: {message}", advice=advice)
+        self.reason = reason
+
+
+class PairSource:
+    """Comparisons as training examples, in an order that only depends on the seed.
+
+    Args:
+        pairs: what to learn from.
+        renderer: turns messages into token ids (the policy's own).
+        max_length: longest row in tokens. A longer pair loses its oldest prompt tokens, the same
+            ones on both sides (a different cut would compare answers to different prompts).
+        seed: of the order of examples.
+        invalid: ``"raise"`` stops at the first unusable pair; ``"skip"`` leaves such pairs out,
+            counts them in :attr:`skipped` and says so in an alert.
+        episodes: episodes by id. A side that names one is trained on the token ids that were
+            really sampled, never on a re-tokenisation of its text.
+
+    Attributes:
+        examples: what batches are made of.
+        pairs: the pair behind each example, in the same order.
+        skipped: how many pairs were left out, by reason.
+
+    Raises:
+        Unusable: with ``invalid="raise"``, an unusable pair: ``equal_sides``, ``empty_completion``,
+            ``too_long``, ``bad_weight``, ``bad_label``, ``prompts_differ`` or ``not_renderable``.
+        BadInputError: no usable pair is left, or ``max_length`` is too small to hold anything.
+    """
+
+    def __init__(
+        self,
+        pairs: Iterable[Pair],
+        renderer: Renderer,
+        *,
+        max_length: int = 512,
+        seed: int = 0,
+        invalid: Literal["raise", "skip"] = "raise",
+        episodes: Mapping[str, Episode] | None = None,
+    ) -> None:
+        if max_length < 8:
+            raise BadInputError(f"max_length must be at least 8 tokens, got {max_length}.")
+        self.seed = seed
+        self.max_length = max_length
+        self.skipped: Counter[str] = Counter()
+        self.examples: list[PairExample] = []
+        self.pairs: list[Pair] = []
+        listed = list(pairs)
+        for index, pair in enumerate(track(listed, "render pairs", unit="pair")):
+            try:
+                self.examples.append(_example(pair, renderer, max_length, episodes or {}))
+                self.pairs.append(pair)
+            except Unusable as error:
+                if invalid == "raise":
+                    raise Unusable(
+                        error.reason,
+                        f"pair {index} of {len(listed)} ({error.message.split(': ', 1)[1]})",
+                        advice=error.advice or "Leave such pairs out with invalid='skip'.",
+                    ) from error
+                self.skipped[error.reason] += 1
+        if not self.examples:
+            why = ", ".join(f"{n} {reason}" for reason, n in self.skipped.items()) or "the input was empty"
+            raise BadInputError(
+                f"There is no pair to train on ({why}).", advice="Check the data and max_length."
+            )
+        if self.skipped:
+            listing = ", ".join(f"{count} {reason}" for reason, count in sorted(self.skipped.items()))
+            emit(Alert(name="pairs_skipped", message=f"Left out of training: {listing}."))
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def steps_per_epoch(self, batch_size: int) -> int:
+        """Batches in one pass over the data; the last one may be smaller."""
+        return -(-len(self.examples) // batch_size)
+
+    def batch(self, step: int, batch_size: int) -> list[PairExample]:
+        """The examples of step ``step`` (from 0): epoch ``e`` is the permutation of seed ``(seed, e)``."""
+        epoch, place = divmod(step, self.steps_per_epoch(batch_size))
+        order = np.random.default_rng([self.seed, epoch]).permutation(len(self.examples))
+        return [self.examples[i] for i in order[place * batch_size : (place + 1) * batch_size]]
+
+    def digest(self) -> str:
+        """Sha256 over everything that decides the batches: a resumed run must find the same."""
+        digest = hashlib.sha256(f"pairs/1 {self.seed} {len(self.examples)}\n".encode())
+        for example in self.examples:
+            for row in example.rows:
+                digest.update(row_key(row))
+            digest.update(f"{example.p_chosen!r} {example.weight!r}\n".encode())
+        return digest.hexdigest()
+
+    def derived_from(self) -> list[str]:
+        """Ids of all feedback records behind the examples, sorted."""
+        return sorted({record for example in self.examples for record in example.derived_from})
+
+
+def row_key(row: Rendered) -> bytes:
+    """Sha256 (32 bytes) of a row's token ids and of which of them are scored."""
+    ids = np.asarray(row.ids, dtype=np.int64)
+    scored = np.asarray([kind in SCORED for kind in row.kinds], dtype=np.uint8)
+    return hashlib.sha256(ids.tobytes() + b"|" + scored.tobytes()).digest()
+
+
+def _example(pair: Pair, renderer: Renderer, max_length: int, episodes: Mapping[str, Episode]) -> PairExample:
+    if not 0.0 <= pair.p_chosen <= 1.0:
+        raise Unusable("bad_label", f"p_chosen is {pair.p_chosen}, not in [0, 1]")
+    if not 0.0 < pair.weight < float("inf"):
+        raise Unusable("bad_weight", f"weight is {pair.weight}, not a positive number")
+    sampled = [_sampled(pair, episode, episodes) for episode in (pair.chosen_episode, pair.rejected_episode)]
+    rows, behaviour = [], []
+    for name, recorded, response in zip(
+        ("chosen", "rejected"), sampled, (pair.chosen, pair.rejected), strict=True
+    ):
+        if recorded is not None:
+            row, log = recorded
+        else:
+            if not any(_has_text(message) for message in response):
+                raise Unusable("empty_completion", f"the {name} side says nothing")
+            try:
+                row, log = renderer.pair(pair.prompt, response), None
+            except BadInputError as error:
+                raise Unusable("not_renderable", f"the {name} side: {error.message}") from error
+        if not row.scored:
+            raise Unusable("empty_completion", f"the {name} side has no token to learn from")
+        # What the template writes after the response changes nothing before it: not worth computing.
+        end = row.scored[-1] + 1
+        rows.append(replace(row, ids=row.ids[:end], kinds=row.kinds[:end]))
+        behaviour.append(log)
+    chosen, rejected = rows
+    if chosen.ids == rejected.ids:
+        raise Unusable("equal_sides", "chosen and rejected are the same tokens")
+    shared = chosen.scored[0]
+    if shared != rejected.scored[0] or chosen.ids[:shared] != rejected.ids[:shared]:
+        raise Unusable("prompts_differ", "the two sides do not begin with the same prompt tokens")
+    cut = max(0, max(len(chosen), len(rejected)) - max_length)
+    try:
+        chosen, rejected = (renderer.fit(row, len(row) - cut, "truncate_prompt") for row in rows)
+    except BadInputError as error:
+        raise Unusable("too_long", error.message, advice="Raise max_length.") from error
+    return PairExample(
+        rows=(chosen, rejected),
+        p_chosen=pair.p_chosen,
+        weight=pair.weight,
+        group=pair.group,
+        derived_from=pair.derived_from,
+        prompt_tokens_cut=cut,
+        # What was recorded belongs to the whole prompt; after a cut it is about another context.
+        behaviour=(None, None) if cut else (behaviour[0], behaviour[1]),
+    )
+
+
+def _has_text(message: Message) -> bool:
+    content = message.content
+    return bool(content.strip() if isinstance(content, str) else content or message.tool_calls)
+
+
+def _sampled(
+    pair: Pair, episode_id: str | None, episodes: Mapping[str, Episode]
+) -> tuple[Rendered, Behaviour | None] | None:
+    """The row exactly as its policy sampled it, when its episode says so and is one turn long."""
+    episode = episodes.get(episode_id) if episode_id is not None else None
+    if episode is None or len(episode.steps) != 1:
+        return None
+    step = episode.steps[0]
+    if not step.token_ids or not step.prompt_token_ids:
+        return None
+    row = Rendered.from_tokens(step.prompt_token_ids, step.token_ids)
+    if step.logprobs is None or episode.policy is None or len(step.logprobs) != len(step.token_ids):
+        return row, None
+    return row, Behaviour(episode.policy, tuple(step.logprobs))

@@ -1,0 +1,497 @@
+"""The one trainer: any algorithm of the registry, any source, one visible loop.
+
+What it guarantees:
+
+* *Denominators.* A batch's loss is a weighted mean over its examples. However the batch is cut into
+  micro-batches, every part is divided by the weight of the whole, so the gradient does not depend
+  on the cut.
+* *Resume.* Weights (in float32), optimiser moments, random state and position are in one atomic
+  checkpoint; a killed run that is resumed ends with bitwise the weights of an uninterrupted one (on
+  the same machine, with the same number of threads).
+* *Ctrl-C and SIGTERM* finish nothing half: the state after the last whole step is saved and
+  :class:`~corrigible.errors.Interrupted` is raised.
+* *No silent failure.* NaN, a gradient that is zero, weights that do not move, a reference that is
+  not the policy's start, ids outside the vocabulary: each is a named error.
+
+Dropout is off throughout, as DPO's reference needs it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from corrigible.align.checkpoint import (
+    Checkpoint,
+    load_latest,
+    save_checkpoint,
+    storage_errors,
+    write_atomically,
+)
+from corrigible.align.config import TrainConfig, learning_rate
+from corrigible.align.interrupts import Stopped, stop_signals
+from corrigible.align.reference import (
+    UNSPLIT,
+    ReferenceLogprobs,
+    micro_batches,
+    reference_logprobs,
+)
+from corrigible.align.registry import Algorithm, AlgorithmConfig, ScoredExamples
+from corrigible.align.sources import Example, PairSource, row_key
+from corrigible.errors import BadInputError, Interrupted, NumericsError
+from corrigible.events import Alert, Artefact, EventBus, Message, Metric, Progress, current_bus, emit, use_bus
+from corrigible.models import LanguagePolicy
+from corrigible.models.logprobs import token_logprobs
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a finished run leaves.
+
+    Attributes:
+        steps: optimiser steps done.
+        metrics: those of the last step.
+        weights: folder with the adapter (PEFT's format) or the full weights.
+        weights_sha256: of the policy's weights after training.
+        start_sha256: of the policy's weights before training.
+        history: JSONL file, one line of metrics a step.
+        seconds: wall time of this call.
+    """
+
+    steps: int
+    metrics: dict[str, float]
+    weights: Path
+    weights_sha256: str
+    start_sha256: str
+    history: Path
+    seconds: float
+
+
+class Trainer:
+    """Moves a policy by an algorithm on the examples of a source.
+
+    Args:
+        policy: what to train; its trainable parameters are those with ``requires_grad`` (the
+            adapter's after ``add_lora``, all otherwise). It is trained in place.
+        algorithm: a registry entry.
+        source: its examples.
+        config: the trainer's settings.
+        algorithm_config: the algorithm's settings; its defaults when absent.
+        out: folder of the run: ``checkpoints/``, ``reference.safetensors``, ``metrics.jsonl`` and
+            at the end ``adapter/`` (or ``model/``).
+        held_out: examples that are never trained on; the reference pass scores them as well, because
+            afterwards the policy no longer is what it was (see ``reference``).
+        reference_policy: hold the policy near this one instead of near its own start.
+        behaviour_weights: sha256 of the weights of policy versions by id, to take log-probs that
+            were recorded at sampling for reference log-probs when the weights are the same.
+        resume_hint: what to tell the user who interrupted the run.
+        bus: where events go; the current bus when absent.
+
+    Raises:
+        BadInputError: nothing is trainable, or ids are outside the policy's vocabulary, or the
+            reference policy has another vocabulary.
+    """
+
+    def __init__(
+        self,
+        policy: LanguagePolicy,
+        algorithm: Algorithm,
+        source: PairSource,
+        config: TrainConfig | None = None,
+        *,
+        algorithm_config: AlgorithmConfig | None = None,
+        out: str | Path,
+        held_out: PairSource | None = None,
+        reference_policy: LanguagePolicy | None = None,
+        behaviour_weights: Mapping[str, str] | None = None,
+        resume_hint: str = "Run it again with resume=True to go on from there.",
+        bus: EventBus | None = None,
+    ) -> None:
+        self.policy = policy
+        self.algorithm = algorithm
+        self.source = source
+        self.config = config or TrainConfig()
+        self.algorithm_config = algorithm_config or algorithm.config()
+        self.out = Path(out)
+        self.held_out = held_out
+        self.reference_policy = reference_policy
+        self.behaviour_weights = behaviour_weights
+        self.resume_hint = resume_hint
+        self.bus = bus or current_bus()
+        self.reference: ReferenceLogprobs | None = None
+        self.parameters = {name: p for name, p in policy.model.named_parameters() if p.requires_grad}
+        if not self.parameters:
+            raise BadInputError(
+                "nothing_trainable: no parameter of the policy requires a gradient.",
+                advice="Call policy.add_lora(...) first, or load it for full fine-tuning.",
+            )
+        if not isinstance(self.algorithm_config, algorithm.config):
+            raise BadInputError(
+                f"{algorithm.name} takes {algorithm.config.__name__}, "
+                f"got {type(self.algorithm_config).__name__}."
+            )
+        _check_vocabulary(policy, source, reference_policy)
+        if held_out is not None:
+            _check_vocabulary(policy, held_out, reference_policy)
+        # Steps of a tiny learning rate vanish in bf16: the optimiser works on float32 copies.
+        self.masters = {
+            name: p if p.dtype == torch.float32 else nn.Parameter(p.detach().float())
+            for name, p in self.parameters.items()
+        }
+        self.optimiser = torch.optim.AdamW(
+            list(self.masters.values()),
+            lr=self.config.lr,
+            betas=self.config.betas,
+            eps=self.config.eps,
+            weight_decay=self.config.weight_decay,
+        )
+        self._stop: Callable[[], None] = lambda: None
+
+    @property
+    def total_steps(self) -> int:
+        """Optimiser steps of the whole run."""
+        if self.config.steps is not None:
+            return self.config.steps
+        per_epoch = self.source.steps_per_epoch(self.config.batch_size)
+        return max(1, round(self.config.epochs * per_epoch))
+
+    # -- the run ------------------------------------------------------------------------------
+
+    def train(self, *, resume: bool = False) -> TrainResult:
+        """Train to the last step and save the weights.
+
+        Args:
+            resume: go on from the last checkpoint in ``out`` (from the beginning when there is
+                none). Without it a folder that holds a run is refused.
+
+        Raises:
+            BadInputError: ``out`` holds a run and ``resume`` is False, or another run's settings,
+                data or weights.
+            Interrupted: Ctrl-C or SIGTERM; a checkpoint of the last whole step is saved.
+            NumericsError: a named numerical failure; the last checkpoint stays.
+            StorageError: the disk is full or gone; the last checkpoint stays.
+        """
+        began = time.monotonic()
+        folder = self.out / "checkpoints"
+        with use_bus(self.bus), stop_signals() as self._stop, torch.random.fork_rng():
+            torch.manual_seed(self.config.seed)
+            checkpoint = self._open(folder, resume)
+            start_sha = self.policy.weights_sha256()
+            identity = self._identity(start_sha)
+            if checkpoint is not None:
+                _check_identity(checkpoint.state["identity"], identity)
+            # The policy still is the one that the run began with, also on resume: the checkpoint is
+            # loaded only after the reference pass.
+            self._prepare_reference()
+            step = 0
+            if checkpoint is not None:
+                self._restore(checkpoint)
+                step = checkpoint.step
+                emit(Message(text=f"Resumed after step {step} of {self.total_steps}."))
+            metrics = self._open_history(step)
+            emit(
+                Progress(task=f"train {self.algorithm.name}", done=step, total=self.total_steps, unit="step")
+            )
+            try:
+                while step < self.total_steps:
+                    metrics = self._step(step)
+                    step += 1
+                    self._log(step, metrics)
+                    if step % self.config.checkpoint_every == 0 and step < self.total_steps:
+                        save_checkpoint(folder, step, *self._state(identity))
+            except Stopped as stopped:
+                save_checkpoint(folder, step, *self._state(identity))
+                raise self._interrupted(step) from stopped
+            save_checkpoint(folder, step, *self._state(identity))
+            end_sha = self.policy.weights_sha256()
+            if end_sha == start_sha:
+                _alarm(
+                    "weights_unchanged",
+                    "training ended with exactly the weights it began with.",
+                    "The learning rate may be below the weights' precision.",
+                )
+            weights = self._save_weights()
+        return TrainResult(
+            steps=step,
+            metrics=metrics,
+            weights=weights,
+            weights_sha256=end_sha,
+            start_sha256=start_sha,
+            history=self.out / "metrics.jsonl",
+            seconds=time.monotonic() - began,
+        )
+
+    def accumulate(self, examples: Sequence[Example]) -> dict[str, float]:
+        """Add the gradient of the batch's loss to every parameter's ``grad``; return the batch's metrics.
+
+        The result does not depend on ``micro_batch_tokens``: each micro-batch is divided by the
+        weight of the whole batch.
+
+        Raises:
+            NumericsError: ``loss_not_finite``, or whatever the objective finds.
+        """
+        denominator = sum(example.weight for example in examples)
+        # All rows of an example go together; the padded size of an example is its longest row's.
+        sizes = [len(example.rows) * max(len(row) for row in example.rows) for example in examples]
+        metrics: dict[str, float] = {}
+        for batch in micro_batches(sizes, self.config.micro_batch_tokens):
+            self._stop()
+            chosen = [examples[i] for i in batch]
+            rows = [row for example in chosen for row in example.rows]
+            scores = token_logprobs(self.policy, rows, grad=True, token_budget=UNSPLIT)
+            reference = None
+            if self.reference is not None:
+                known = self.reference
+                reference = [known[row_key(row)].to(scores[0].device) for row in rows]
+            output = self.algorithm.objective(
+                ScoredExamples(chosen, scores, reference, denominator), self.algorithm_config
+            )
+            if not bool(torch.isfinite(output.loss.detach()).all()):
+                _alarm(
+                    "loss_not_finite",
+                    f"the loss is {float(output.loss.detach())}.",
+                    "Lower the learning rate.",
+                )
+            output.loss.backward()  # type: ignore[no-untyped-call]
+            for name, value in output.metrics.items():
+                metrics[name] = metrics.get(name, 0.0) + value
+        return metrics
+
+    def _step(self, step: int) -> dict[str, float]:
+        began = time.monotonic()
+        examples = self.source.batch(step, self.config.batch_size)
+        self.policy.model.eval()
+        self._clear_gradients()
+        metrics = self.accumulate(examples)
+        if step == 0:
+            self._check_start(metrics)
+        for name, parameter in self.parameters.items():
+            master = self.masters[name]
+            if master is not parameter and parameter.grad is not None:
+                master.grad = parameter.grad.float()
+        norm = float(nn.utils.clip_grad_norm_(self.masters.values(), self.config.max_grad_norm))
+        if not math.isfinite(norm):
+            _alarm(
+                "gradient_not_finite",
+                f"the gradient's norm is {norm} at step {step + 1}.",
+                "Lower the learning rate.",
+            )
+        if norm == 0.0 and metrics.get("grad_weight", 1.0) > 0.0:
+            _alarm(
+                "gradient_zero",
+                f"no gradient reached the trainable parameters at step {step + 1}.",
+                "Check that they take part in the forward pass (an adapter that is disabled?).",
+            )
+        rate = learning_rate(step, self.total_steps, self.config)
+        for group in self.optimiser.param_groups:
+            group["lr"] = rate
+        self.optimiser.step()
+        for name, parameter in self.parameters.items():
+            if self.masters[name] is not parameter:
+                with torch.no_grad():
+                    parameter.copy_(self.masters[name])
+        self._clear_gradients()
+        seconds = time.monotonic() - began
+        tokens = sum(len(row) for example in examples for row in example.rows)
+        return metrics | {
+            "grad_norm": norm,
+            "lr": rate,
+            "examples": float(len(examples)),
+            "tokens_per_second": tokens / max(seconds, 1e-9),
+        }
+
+    def _clear_gradients(self) -> None:
+        for name, parameter in self.parameters.items():
+            parameter.grad = None
+            self.masters[name].grad = None
+
+    # -- beginning and end --------------------------------------------------------------------
+
+    def _open(self, folder: Path, resume: bool) -> Checkpoint | None:
+        checkpoint = load_latest(folder)
+        if checkpoint is not None and not resume:
+            raise BadInputError(
+                f"{self.out} already holds a run ({checkpoint.step} steps).",
+                advice="Go on with it (resume=True, --resume) or choose another folder.",
+            )
+        with storage_errors(self.out):
+            self.out.mkdir(parents=True, exist_ok=True)
+        return checkpoint
+
+    def _identity(self, start_sha: str) -> dict[str, Any]:
+        return {
+            "algorithm": self.algorithm.name,
+            "algorithm_config": self.algorithm_config.model_dump(mode="json"),
+            # How often to save does not change what is computed.
+            "config": self.config.model_dump(mode="json", exclude={"checkpoint_every"}),
+            "total_steps": self.total_steps,
+            "data": self.source.digest(),
+            "held_out": self.held_out.digest() if self.held_out else None,
+            "start_weights": start_sha,
+            "parameters": hashlib.sha256(
+                json.dumps([[n, list(p.shape), str(p.dtype)] for n, p in self.parameters.items()]).encode()
+            ).hexdigest(),
+            "threads": torch.get_num_threads(),
+        }
+
+    def _prepare_reference(self) -> None:
+        if not self.algorithm.needs_reference:
+            return
+        policy = self.reference_policy or self.policy
+        try:
+            self.reference = reference_logprobs(
+                policy,
+                [*self.source.examples, *(self.held_out.examples if self.held_out else [])],
+                mode="start" if self.reference_policy else self.config.reference,
+                micro_batch_tokens=self.config.micro_batch_tokens,
+                cache=self.out / "reference.safetensors",
+                behaviour_weights=self.behaviour_weights,
+                check_stop=self._stop,
+            )
+        except Stopped as stopped:
+            raise Interrupted(
+                "Interrupted while scoring with the reference; what was scored is kept.",
+                advice=self.resume_hint,
+            ) from stopped
+
+    def _check_start(self, metrics: Mapping[str, float]) -> None:
+        """Before the first update the policy is its own reference: every log-ratio must be about 0."""
+        if self.reference is None or self.reference_policy is not None or self.config.reference != "start":
+            return
+        gaps = [abs(metrics.get(f"rewards/{side}", 0.0)) for side in ("chosen", "rejected")]
+        tolerance = 0.05 if self.policy.dtype == torch.float32 else 1.0
+        if max(gaps) > tolerance:
+            _alarm(
+                "reference_mismatch",
+                f"the policy is not its own reference before the first step (reward {max(gaps):.3g}).",
+                "The reference is of other weights or other tokens; remove reference.safetensors.",
+            )
+
+    def _state(self, identity: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        tensors: dict[str, Tensor] = {"rng": torch.get_rng_state()}
+        for name, master in self.masters.items():
+            tensors[f"parameter.{name}"] = master
+            for key, value in self.optimiser.state.get(master, {}).items():
+                tensors[f"{key}.{name}"] = value
+        return tensors, {"identity": dict(identity)}
+
+    def _restore(self, checkpoint: Checkpoint) -> None:
+        tensors = dict(checkpoint.tensors)
+        torch.set_rng_state(tensors.pop("rng"))
+        state: dict[int, dict[str, Tensor]] = {}
+        for index, (name, master) in enumerate(self.masters.items()):
+            value = tensors.pop(f"parameter.{name}", None)
+            if value is None or value.shape != master.shape:
+                raise BadInputError(
+                    f"checkpoint_incomplete: {self.out} has no value for the parameter {name}.",
+                    advice="The checkpoint is of another model; choose another folder.",
+                )
+            with torch.no_grad():
+                master.copy_(value)
+                self.parameters[name].copy_(value)
+            if checkpoint.step:
+                state[index] = {
+                    key: tensors.pop(f"{key}.{name}") for key in ("step", "exp_avg", "exp_avg_sq")
+                }
+        if tensors:
+            raise BadInputError(
+                f"checkpoint_incomplete: this policy has no place for {len(tensors)} tensors of {self.out}.",
+                advice="The checkpoint is of another model; choose another folder.",
+            )
+        groups = self.optimiser.state_dict()["param_groups"]
+        self.optimiser.load_state_dict({"state": state, "param_groups": groups})
+
+    def _open_history(self, step: int) -> dict[str, float]:
+        """Keep the lines up to ``step`` (a killed run may have written more) and return the last one's."""
+        path = self.out / "metrics.jsonl"
+        kept: list[dict[str, Any]] = []
+        if step and path.exists():
+            for line in path.read_text().splitlines():
+                try:
+                    row = json.loads(line)
+                except ValueError:  # the line that a kill cut short
+                    break
+                if row["step"] <= step:
+                    kept.append(row)
+        write_atomically(path, "".join(json.dumps(row) + "\n" for row in kept).encode())
+        return {key: value for key, value in kept[-1].items() if key != "step"} if kept else {}
+
+    def _log(self, step: int, metrics: Mapping[str, float]) -> None:
+        with storage_errors(self.out), (self.out / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps({"step": step, **metrics}) + "\n")
+        for name, value in metrics.items():
+            emit(Metric(name=f"train/{name}", value=value, step=step))
+        emit(Progress(task=f"train {self.algorithm.name}", done=step, total=self.total_steps, unit="step"))
+
+    def _save_weights(self) -> Path:
+        adapter = self.policy.has_adapter
+        path = self.out / ("adapter" if adapter else "model")
+        with storage_errors(self.out):
+            (self.policy.save_adapter if adapter else self.policy.save_full)(path)
+        emit(Artefact(name=path.name, path=str(path)))
+        return path
+
+    def _interrupted(self, step: int) -> Interrupted:
+        return Interrupted(
+            f"Interrupted after step {step} of {self.total_steps}; a checkpoint is saved in {self.out}.",
+            advice=self.resume_hint,
+        )
+
+
+def _alarm(name: str, message: str, advice: str) -> None:
+    emit(Alert(name=name, message=message))
+    raise NumericsError(f"{name}: {message}", advice=f"{advice} The last checkpoint is intact.")
+
+
+def _check_vocabulary(
+    policy: LanguagePolicy, source: PairSource, reference_policy: LanguagePolicy | None
+) -> None:
+    size = int(policy.model.get_input_embeddings().num_embeddings)
+    highest = max((max(row.ids) for example in source.examples for row in example.rows), default=0)
+    if highest >= size:
+        raise BadInputError(
+            f"vocabulary_mismatch: the data holds token id {highest}, the policy knows {size} tokens.",
+            advice="Render the pairs with this policy's own renderer.",
+        )
+    if reference_policy is None:
+        return
+    if reference_policy.tokenizer.get_vocab() != policy.tokenizer.get_vocab():
+        raise BadInputError(
+            "vocabulary_mismatch: the log-probs of policy and reference would be of different tokens.",
+            advice="Use a reference of the same model family.",
+        )
+
+
+def _check_identity(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    saved, now = dict(saved), dict(now)
+    before, threads = saved.pop("threads", None), now.pop("threads")
+    different = [key for key in now if saved.get(key) != now[key]]
+    if different:
+        details = []
+        for key in different:
+            old, new = saved.get(key), now[key]
+            if isinstance(old, dict) and isinstance(new, dict):
+                details += [f"{k} was {old.get(k)}, is {new[k]}" for k in new if old.get(k) != new[k]]
+            else:
+                details.append(key.replace("_", " "))
+        raise BadInputError(
+            f"resume_mismatch: this is not the run that was interrupted ({'; '.join(details)}).",
+            advice="Resume with the same data, model and settings, or choose another folder.",
+        )
+    if before != threads:
+        emit(
+            Alert(
+                name="threads_changed",
+                message=f"The run began with {before} threads and goes on with {threads}: "
+                "the result is as good, but not bit for bit the same.",
+            )
+        )
