@@ -92,7 +92,11 @@ class Gate:
                 advice="Pass what `win_rate()` returned.",
             )
         checks = [
-            Check("evidence", prompts >= self.min_prompts, f"{prompts} held-out prompts (at least {self.min_prompts})"),
+            Check(
+                "evidence",
+                prompts >= self.min_prompts,
+                f"{prompts} held-out prompts (at least {self.min_prompts})",
+            ),
             Check(
                 "win rate",
                 low > self.min_win_rate,
@@ -102,7 +106,11 @@ class Gate:
         ]
         if kl is not None and self.max_kl is not None:
             checks.append(
-                Check("drift", kl <= self.max_kl, f"KL to the start {kl:.2f} nats an answer (limit {self.max_kl:g})")
+                Check(
+                    "drift",
+                    kl <= self.max_kl,
+                    f"KL to the start {kl:.2f} nats an answer (limit {self.max_kl:g})",
+                )
             )
         if length_ratio is not None and self.max_length_ratio is not None:
             checks.append(

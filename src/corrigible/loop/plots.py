@@ -59,7 +59,9 @@ def _svg(figure: Any, title: str) -> str:
     text = re.sub(r'id="([^"]+)"', rf'id="{prefix}-\1"', text)
     text = re.sub(r"url\(#([^)]+)\)", rf"url(#{prefix}-\1)", text)
     text = re.sub(r'href="#([^"]+)"', rf'href="#{prefix}-\1"', text)
-    text = re.sub(r'<svg [^>]*viewBox="([^"]+)"[^>]*>', rf'<svg viewBox="\1" role="img" aria-label="{title}">', text)
+    text = re.sub(
+        r'<svg [^>]*viewBox="([^"]+)"[^>]*>', rf'<svg viewBox="\1" role="img" aria-label="{title}">', text
+    )
     return re.sub(r"font: ([\d.]+)px [^;\"]*", r"font: \1px system-ui, sans-serif", text)
 
 
@@ -105,7 +107,9 @@ def calibration_plot(bins: Sequence[tuple[float, float, int]]) -> str:
     return _svg(figure, "Reward model calibration")
 
 
-def bars_plot(rows: Sequence[tuple[str, float, float | None, float | None]], label: str, chance: float) -> str:
+def bars_plot(
+    rows: Sequence[tuple[str, float, float | None, float | None]], label: str, chance: float
+) -> str:
     """Accuracies side by side: (name, value, low, high), with a line at chance."""
     figure, axes = _figure(3.9, 3.1)
     for i, (_, value, low, high) in enumerate(rows):
@@ -137,7 +141,9 @@ def paired_plot(before: Sequence[float], after: Sequence[float], label: str) -> 
     low = min([*before, *after], default=0.0)
     high = max([*before, *after], default=1.0)
     pad = 0.05 * (high - low or 1.0)
-    axes.plot([low - pad, high + pad], [low - pad, high + pad], color=INK, linewidth=0.7, linestyle=(0, (4, 3)))
+    axes.plot(
+        [low - pad, high + pad], [low - pad, high + pad], color=INK, linewidth=0.7, linestyle=(0, (4, 3))
+    )
     colours = [GOOD if b > a else (BAD if b < a else START) for a, b in zip(before, after, strict=True)]
     axes.scatter(before, after, c=colours, s=22, alpha=0.75, linewidths=0)
     axes.set_xlabel(f"{label}, start")

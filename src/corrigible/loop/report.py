@@ -31,7 +31,9 @@ def render_report(turn: dict[str, Any]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["prettyjson"] = lambda value: json.dumps(value, indent=2, ensure_ascii=False, sort_keys=True)
+    environment.filters["prettyjson"] = lambda value: json.dumps(
+        value, indent=2, ensure_ascii=False, sort_keys=True
+    )
     evaluation, reward, training = turn["evaluation"], turn["reward"], turn["training"]
     prompts = evaluation["prompts"]
     figures = {
@@ -43,7 +45,9 @@ def render_report(turn: dict[str, Any]) -> str:
             ],
             turn["gate"]["min_win_rate"],
         ),
-        "calibration": plots.calibration_plot([(b["stated"], b["observed"], b["n"]) for b in reward["calibration"]]),
+        "calibration": plots.calibration_plot(
+            [(b["stated"], b["observed"], b["n"]) for b in reward["calibration"]]
+        ),
         "accuracy": plots.bars_plot(
             [
                 (row["name"], row["value"], row.get("low"), row.get("high"))
@@ -54,12 +58,16 @@ def render_report(turn: dict[str, Any]) -> str:
         ),
         "loss": plots.training_plot(training["steps"], training["loss"], "DPO loss", 0.6931),
         "margin": plots.training_plot(training["steps"], training["margin"], "implicit reward margin", 0.0),
-        "gold": plots.paired_plot([p["gold_start"] for p in prompts], [p["gold_candidate"] for p in prompts], "gold score"),
+        "gold": plots.paired_plot(
+            [p["gold_start"] for p in prompts], [p["gold_candidate"] for p in prompts], "gold score"
+        ),
         "proxy": plots.paired_plot(
             [p["proxy_start"] for p in prompts], [p["proxy_candidate"] for p in prompts], "proxy reward"
         ),
     }
-    return environment.get_template("report.html.j2").render(turn=turn, figures=figures, examples=_examples(prompts))
+    return environment.get_template("report.html.j2").render(
+        turn=turn, figures=figures, examples=_examples(prompts)
+    )
 
 
 def write_report(turn: dict[str, Any], path: Path) -> Path:

@@ -1,0 +1,156 @@
+"""``corrigible policies``, ``lineage`` and ``promote``: which versions exist and where they came from."""
+
+from __future__ import annotations
+
+import getpass
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+from rich.tree import Tree
+
+from corrigible.cli.console import Json, StoreUrl, console, examples, print_json
+
+if TYPE_CHECKING:
+    from corrigible.loop.registry import Lineage
+
+_COLOURS = {"promoted": "green", "refused": "red", "retired": "dim"}
+
+
+def register(app: typer.Typer) -> None:
+    """Add the three commands to the command line."""
+    app.command(
+        epilog=examples("corrigible policies", "corrigible policies --store runs/demo/store.db --json")
+    )(policies)
+    app.command(
+        epilog=examples(
+            "corrigible lineage demo-v2 --store runs/demo/store.db",
+            "corrigible lineage demo-v2 --records --json",
+        )
+    )(lineage)
+    app.command(
+        epilog=examples(
+            'corrigible promote demo-v2 --reason "reads better to all of us" --store runs/demo/store.db',
+            'corrigible promote demo-v2 --reason "we accept the drift" --override',
+        )
+    )(promote)
+
+
+def policies(store: StoreUrl = "corrigible.db", json: Json = False) -> None:
+    """List the policy versions of a store, with status and scores; * marks the current one."""
+    from corrigible.loop.registry import Registry
+    from corrigible.store import Store
+
+    with Store.open(store, create=False) as opened:
+        states = Registry(opened).states()
+    if json:
+        print_json(
+            {
+                "policies": [
+                    {**s.version.to_json(), "status": s.status, "current": s.current, "detail": s.detail}
+                    for s in states
+                ]
+            }
+        )
+        return
+    if not states:
+        console.print("No policy versions yet. `corrigible demo` or `corrigible train dpo` make some.")
+        return
+    table = Table(box=None, padding=(0, 2), header_style="dim")
+    for column in ("", "name", "status", "made by", "trained on", "created", "id"):
+        table.add_column(column)
+    for state in states:
+        version = state.version
+        created = datetime.fromtimestamp(version.created_at / 1e6, UTC).strftime("%Y-%m-%d %H:%M")
+        colour = _COLOURS.get(state.status, "default")
+        table.add_row(
+            "*" if state.current else "",
+            f"[bold]{escape(version.name)}[/]",
+            f"[{colour}]{state.status}[/]",
+            escape(version.algorithm or version.base_model),
+            f"{version.trained_on.feedback} judgements" if version.trained_on else "",
+            created,
+            version.id,
+        )
+    console.print(table)
+
+
+def lineage(
+    policy: str = typer.Argument(..., help="Id, the beginning of an id, or name of a policy version."),
+    store: StoreUrl = "corrigible.db",
+    records: bool = typer.Option(
+        False, "--records", help="Also list the id of every judgement it was trained on."
+    ),
+    json: Json = False,
+) -> None:
+    """Show where a policy version came from, back to the base model and every judgement."""
+    from corrigible.loop.registry import Registry
+    from corrigible.store import Store
+
+    with Store.open(store, create=False) as opened:
+        registry = Registry(opened)
+        found = registry.lineage(policy)
+        judgements = [record.id for record in registry.training_feedback(found.version)] if records else []
+    if json:
+        print_json({**found.to_json(), **({"records": judgements} if records else {})})
+        return
+    tree = Tree(_line(found))
+    _grow(tree, found)
+    console.print(tree)
+    for record_id in judgements:
+        console.print(record_id)
+
+
+def promote(
+    policy: str = typer.Argument(..., help="Id, the beginning of an id, or name of a policy version."),
+    reason: str = typer.Option(..., "--reason", "-r", help="Why: kept with the promotion."),
+    by: str = typer.Option("", help="Who promotes it; default: the user of this machine."),
+    override: bool = typer.Option(False, "--override", help="Although the gate refused it."),
+    store: StoreUrl = "corrigible.db",
+    json: Json = False,
+) -> None:
+    """Make a policy version the current one, by hand. Exit code 6 when the gate had refused it."""
+    from corrigible.loop.registry import Registry
+    from corrigible.store import Store
+
+    with Store.open(store, create=False) as opened:
+        version = Registry(opened).promote(policy, by=by or _user(), reason=reason, override=override)
+    if json:
+        print_json({"promoted": version.id, "name": version.name})
+    else:
+        console.print(f"[green]{escape(version.name)}[/] is now current.")
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (OSError, KeyError):  # no such user in a bare container
+        return "unknown"
+
+
+def _line(found: Lineage) -> str:
+    version = found.version
+    colour = _COLOURS.get(found.status, "default")
+    how = f"{version.algorithm} from" if version.algorithm else "base model"
+    made = (
+        f" [dim]{how}[/] {escape(version.base_model)}"
+        if not version.algorithm
+        else f" [dim]by {version.algorithm}[/]"
+    )
+    return f"[bold]{escape(version.name)}[/] [{colour}]{found.status}[/]{made} [dim]{version.id}[/]"
+
+
+def _grow(tree: Any, found: Lineage) -> None:
+    tree.add(f"weights [dim]{escape(found.version.weights)}[/]")
+    for name, score in found.version.scores.items():
+        if isinstance(score, dict) and "value" in score:
+            tree.add(f"{escape(name)} {score['value']:.3f} {score.get('interval', '')}")
+    if found.judgements:
+        kinds = ", ".join(f"{count} {kind}" for kind, count in found.kinds.items())
+        branch = tree.add(f"trained on {found.judgements} judgements ({kinds or 'records of another store'})")
+        for name, count in found.annotators.items():
+            branch.add(f"{escape(name)} [dim]{count}[/]")
+    if found.parent is not None:
+        _grow(tree.add(_line(found.parent)), found.parent)

@@ -1,0 +1,605 @@
+"""One turn of the loop: act, collect, model, align, evaluate, promote.
+
+:class:`Turn` is the loop in one readable piece. Each stage is a call into the room that owns it; what
+is added here is order, lineage and the written record (``turn.json``, ``summary.json``,
+``report.html``). A turn that was interrupted goes on where it stopped when it is run again on the same
+folder: answers, judgements and training steps that are on disk are not made twice.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from corrigible.collect.gold import GoldPreference, GoldSignal, HouseStyle
+from corrigible.collect.simulated import Panel
+from corrigible.errors import BadInputError
+from corrigible.events import Artefact, Message, Metric, emit
+from corrigible.loop.gate import Gate, Verdict
+from corrigible.loop.memory import peak_rss_mb
+from corrigible.loop.prompts import Prompt, household, split
+from corrigible.loop.registry import Registry
+from corrigible.records import Comparison, Episode, Feedback, PolicyVersion, Sampling, new_id
+from corrigible.store import Pair, Store, load_pairs
+
+if TYPE_CHECKING:
+    from corrigible.evaluate.evaluation import Evaluation
+    from corrigible.models import LanguagePolicy
+    from corrigible.rewards.reward_model import RewardModel
+
+
+@dataclass(frozen=True)
+class TurnConfig:
+    """Settings of one turn.
+
+    Args:
+        model: what to start from (see :func:`corrigible.models.load_policy`).
+        name: line of policy versions: the start is ``<name>-v1``, the candidate ``<name>-v2``.
+        system: system message before every prompt; empty for none.
+        train_prompts: prompts the policy acts on and learns from.
+        held_out: other prompts, on which only the evaluation runs.
+        answers: answers sampled per training prompt.
+        pairs_per_prompt: pairs of answers per prompt that the panel judges.
+        votes: annotators per pair.
+        lessons_per_prompt: of these pairs, how many DPO learns from: the clearest ones.
+        max_tokens: longest answer, tokens.
+        temperature, top_p: how answers are sampled.
+        epochs, lr, beta, lora_rank, batch_size: of DPO.
+        kl_prompts: held-out prompts on which the divergence from the start is measured by plain sampling.
+        seed: of everything that is drawn.
+    """
+
+    model: str = "smollm2-135m"
+    name: str = "demo"
+    system: str = "Answer in one or two short sentences."
+    train_prompts: int = 90
+    held_out: int = 80
+    answers: int = 4
+    pairs_per_prompt: int = 3
+    votes: int = 3
+    lessons_per_prompt: int = 1
+    max_tokens: int = 56
+    temperature: float = 0.8
+    top_p: float = 0.95
+    epochs: float = 1.0
+    lr: float = 2e-4
+    beta: float = 0.1
+    lora_rank: int = 16
+    batch_size: int = 8
+    kl_prompts: int = 24
+    seed: int = 0
+
+    def sampling(self) -> Sampling:
+        """How answers are sampled, in the records' terms."""
+        return Sampling(temperature=self.temperature, top_p=self.top_p, max_tokens=self.max_tokens)
+
+
+class Turn:
+    """One turn of the loop in the folder ``out``.
+
+    Args:
+        out: holds everything the turn leaves: ``store.db``, ``reward/``, ``policy/``, ``turn.json``,
+            ``summary.json``, ``report.html``.
+        config: settings; a turn that is resumed must have the same.
+        prompts: what to ask; the household set by default.
+        gold: what the simulated panel means to judge by.
+        gate: what a candidate must clear.
+
+    Raises:
+        BadInputError: ``out`` holds an unfinished turn with other settings.
+    """
+
+    def __init__(
+        self,
+        out: str | Path,
+        config: TurnConfig | None = None,
+        *,
+        prompts: Sequence[Prompt] | None = None,
+        gold: GoldPreference | None = None,
+        gate: Gate | None = None,
+    ) -> None:
+        self.out = Path(out)
+        self.config = config or TurnConfig()
+        self.gold = gold or HouseStyle()
+        self.gate = gate or Gate()
+        self.train, self.held_out = split(
+            list(prompts) if prompts is not None else household(),
+            held_out=self.config.held_out,
+            train=self.config.train_prompts,
+            seed=self.config.seed,
+        )
+        self.panel = Panel.demo(self.gold, seed=self.config.seed)
+        # Another panel judges the result than the one that taught: other people, same house style.
+        self.jury = Panel.demo(self.gold, seed=self.config.seed + 1)
+        self.stages: list[dict[str, Any]] = []
+        self.state: dict[str, Any] = {}
+
+    # -- the whole ------------------------------------------------------------------------------
+
+    def run(self) -> dict[str, Any]:
+        """Turn once; returns the summary that is also written to ``summary.json``."""
+        started = time.monotonic()
+        self._open()
+        with Store.open(self.out / "store.db") as store:
+            registry = Registry(store)
+            with self._stage("load") as note:
+                policy = self._load()
+                start = registry.register(self._start_version(policy))
+                note(f"{policy.name}, {policy.dtype}".replace("torch.", ""))
+            with self._stage("act") as note:
+                note(f"{self._act(store, policy, start)} answers to {len(self.train)} prompts")
+            with self._stage("collect") as note:
+                records = self._collect(store)
+                note(f"{len(records)} judgements by {len(self.panel.annotators)} simulated people")
+            pairs = load_pairs(store, aggregate=True, kind="comparison")
+            with self._stage("model") as note:
+                reward, reward_record = self._model(pairs)
+                accuracy = reward_record["accuracy"]
+                note(
+                    f"reward model, held-out accuracy {accuracy['value']:.2f} "
+                    f"({accuracy['low']:.2f} to {accuracy['high']:.2f}, n={accuracy['n']})"
+                )
+            with self._stage("align") as note:
+                lessons = clearest(pairs, self.config.lessons_per_prompt)
+                candidate = self._align(store, registry, policy, start, lessons)
+                training = self._history()
+                note(f"DPO on {len(lessons)} pairs, {len(training['steps'])} steps")
+            with self._stage("evaluate") as note:
+                evaluation, sides = self._evaluate(policy, start, candidate, reward)
+                rate = evaluation.win_rate
+                low, high = rate.interval
+                note(f"win rate {rate.value:.2f} ({low:.2f} to {high:.2f}, n={rate.prompts})")
+            with self._stage("promote") as note:
+                verdict = self.gate.decide(
+                    win_rate=rate.value,
+                    interval=rate.interval,
+                    prompts=rate.prompts,
+                    kl=evaluation.kl.value if evaluation.kl else None,
+                    length_ratio=evaluation.length_ratio,
+                )
+                for episodes in sides:
+                    store.add_episodes(episodes)
+                registry.decide(candidate, verdict, {"evaluation": evaluation.to_dict()})
+                note("promoted" if verdict.promoted else "refused")
+            turn = self._record(
+                store,
+                policy,
+                start,
+                candidate,
+                records,
+                reward,
+                reward_record,
+                training,
+                evaluation,
+                sides,
+                verdict,
+            )
+        turn["seconds"] = time.monotonic() - started + self.state.get("seconds_before", 0.0)
+        turn["peak_rss_mb"] = peak_rss_mb()
+        return self._write(turn)
+
+    # -- stages ---------------------------------------------------------------------------------
+
+    def _load(self) -> LanguagePolicy:
+        from corrigible.models import load_policy
+
+        return load_policy(self.config.model)
+
+    def _start_version(self, policy: LanguagePolicy) -> PolicyVersion:
+        return PolicyVersion(
+            id=self.state["start_id"],
+            name=f"{self.config.name}-v1",
+            base_model=self.config.model,
+            weights=policy.weights_sha256(),
+            created_at=self.state["created_at"],
+            created_by="corrigible demo",
+        )
+
+    def _act(self, store: Store, policy: LanguagePolicy, start: PolicyVersion) -> int:
+        from corrigible.evaluate.evaluation import sample_episodes
+
+        episodes = sample_episodes(
+            policy,
+            [prompt.messages(self.config.system) for prompt in self.train],
+            n=self.config.answers,
+            sampling=self.config.sampling(),
+            seed=self.config.seed,
+            policy_version=start.id,
+            task="act",
+            keep=self.out / "work" / "act.jsonl",
+            label="answering",
+        )
+        store.add_episodes(episodes)
+        return len(episodes)
+
+    def _collect(self, store: Store) -> list[Feedback]:
+        if not self.state.get("collected"):
+            result = self.panel.judge_episodes(
+                list(store.episodes(task="act")),
+                pairs_per_prompt=self.config.pairs_per_prompt,
+                votes=self.config.votes,
+                campaign_id=self.config.name,
+            )
+            store.add_feedback(result.records, result.items)
+            self._remember(collected=True)
+        return list(store.feedback(campaign=self.config.name))
+
+    def _model(self, pairs: list[Pair]) -> tuple[RewardModel, dict[str, Any]]:
+        from corrigible.rewards import RewardConfig, fit_reward, reward_report
+        from corrigible.rewards import split as split_pairs
+
+        config = RewardConfig(seed=self.config.seed)
+        parts = split_pairs(pairs, by="prompt", held_out=0.25, seed=self.config.seed)
+        judged = reward_report(
+            fit_reward(parts.train, config=config, by="prompt"),
+            parts.held_out,
+            train_pairs=parts.train,
+            by="prompt",
+        )
+        # The accuracy is that of a model which never saw the held-out prompts; the one that is kept
+        # and used has learned from all of them.
+        reward = fit_reward(pairs, config=config, by="prompt")
+        reward.save(self.out / "reward")
+        emit(Artefact(name="reward model", path=str(self.out / "reward")))
+        accuracy = judged.accuracy
+        emit(Metric(name="reward/accuracy", value=accuracy.value, interval=(accuracy.low, accuracy.high)))
+        return reward, {
+            "accuracy": _rate(accuracy.value, accuracy.low, accuracy.high, accuracy.n),
+            "baselines": [
+                {
+                    "name": name,
+                    **_rate(found.accuracy.value, found.accuracy.low, found.accuracy.high, found.accuracy.n),
+                }
+                for name, found in judged.baselines.items()
+            ],
+            "calibration": [
+                {"stated": entry.confidence, "observed": entry.agreement, "n": entry.n}
+                for entry in judged.calibration.bins
+            ],
+            "ece": judged.calibration.ece,
+            "ties": judged.ties,
+            "pairs": {"train": len(parts.train), "held_out": len(parts.held_out)},
+        }
+
+    def _align(
+        self,
+        store: Store,
+        registry: Registry,
+        policy: LanguagePolicy,
+        start: PolicyVersion,
+        pairs: list[Pair],
+    ) -> PolicyVersion:
+        from corrigible.align import DPOConfig, TrainConfig, train_dpo
+
+        config = TrainConfig(
+            epochs=self.config.epochs,
+            lr=self.config.lr,
+            batch_size=self.config.batch_size,
+            seed=self.config.seed,
+            checkpoint_every=5,
+        )
+        version = train_dpo(
+            pairs,
+            policy,
+            out=self.out / "policy",
+            config=config,
+            dpo=DPOConfig(beta=self.config.beta),
+            lora_rank=self.config.lora_rank,
+            name=f"{self.config.name}-v2",
+            parent=start.id,
+            store=store,
+            resume=(self.out / "policy" / "checkpoints").exists(),
+            resume_hint="Run the same command again: it goes on from here.",
+        )
+        registry.register(version)
+        return version
+
+    def _history(self) -> dict[str, list[float]]:
+        lines = (self.out / "policy" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        rows = [json.loads(line) for line in lines]
+        return {
+            "steps": [row["step"] for row in rows],
+            "loss": [row["loss"] for row in rows],
+            "margin": [row["rewards/margin"] for row in rows],
+        }
+
+    def _evaluate(
+        self, policy: LanguagePolicy, start: PolicyVersion, candidate: PolicyVersion, reward: RewardModel
+    ) -> tuple[Evaluation, tuple[list[Episode], list[Episode]]]:
+        from corrigible.evaluate.evaluation import compare, sample_episodes
+        from corrigible.evaluate.kl import kl_to_reference
+        from corrigible.evaluate.win_rate import PanelJudge, SignalJudge
+
+        prompts = [prompt.messages(self.config.system) for prompt in self.held_out]
+
+        def answer(version: PolicyVersion, task: str, asked: list[Any], sampling: Sampling) -> list[Episode]:
+            return sample_episodes(
+                policy,
+                asked,
+                sampling=sampling,
+                seed=self.config.seed + 1,
+                policy_version=version.id,
+                task=task,
+                keep=self.out / "work" / f"{task}-{version.name}.jsonl",
+                label=f"answering as {version.name}",
+            )
+
+        with policy.adapter_disabled():
+            before = answer(start, "evaluate", prompts, self.config.sampling())
+        after = answer(candidate, "evaluate", prompts, self.config.sampling())
+        # The divergence is an expectation under plain sampling, so it gets plain samples of its own.
+        plain = Sampling(max_tokens=self.config.max_tokens)
+        drift = kl_to_reference(
+            answer(candidate, "divergence", prompts[: self.config.kl_prompts], plain), policy
+        )
+        gold = GoldSignal(self.gold)
+        evaluation = compare(
+            after,
+            before,
+            [PanelJudge(self.jury), SignalJudge(gold), SignalJudge(reward)],
+            signals={"gold": gold, "proxy": reward},
+            kl=drift,
+            names=(candidate.name, start.name),
+            seed=self.config.seed,
+        )
+        return evaluation, (before, after)
+
+    # -- the record -----------------------------------------------------------------------------
+
+    def _record(
+        self,
+        store: Store,
+        policy: LanguagePolicy,
+        start: PolicyVersion,
+        candidate: PolicyVersion,
+        records: list[Feedback],
+        reward: RewardModel,
+        reward_record: dict[str, Any],
+        training: dict[str, list[float]],
+        evaluation: Evaluation,
+        sides: tuple[list[Episode], list[Episode]],
+        verdict: Verdict,
+    ) -> dict[str, Any]:
+        before, after = sides
+        proxy = [reward.score(list(side)).values for side in sides]
+        rates = list(evaluation.win_rates.values())
+        return {
+            "title": f"One turn of the loop: {self.config.name}",
+            "created_at": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+            "store": str(self.out / "store.db"),
+            "settings": asdict(self.config),
+            "gate": asdict(self.gate),
+            "verdict": {"decision": verdict.decision, "checks": [asdict(check) for check in verdict.checks]},
+            "policies": {"start": start.to_json(), "candidate": candidate.to_json()},
+            "panel": self._panel_table(store, records),
+            "reward": reward_record,
+            "training": training,
+            "evaluation": {
+                "win_rate": _rate(rates[0].value, *rates[0].interval, rates[0].prompts),
+                "gold_win_rate": _rate(rates[1].value, *rates[1].interval, rates[1].prompts),
+                "proxy_win_rate": _rate(rates[2].value, *rates[2].interval, rates[2].prompts),
+                "position_effect": rates[0].position_effect.to_dict(),
+                "kl": {
+                    "value": evaluation.kl.value,
+                    "low": evaluation.kl.interval[0],
+                    "high": evaluation.kl.interval[1],
+                    "per_token": evaluation.kl.per_token.value,
+                }
+                if evaluation.kl
+                else None,
+                "length": {
+                    "start": evaluation.length.baseline.value,
+                    "candidate": evaluation.length.candidate.value,
+                },
+                "table": [
+                    {
+                        "name": f"{label}",
+                        "start": side.baseline.value,
+                        "candidate": side.candidate.value,
+                        "difference": side.difference.value,
+                        "low": side.difference.low,
+                        "high": side.difference.high,
+                    }
+                    for label, side in (
+                        ("gold score", evaluation.scores["gold"]),
+                        ("proxy reward (nats)", evaluation.scores["proxy"]),
+                        ("length (tokens)", evaluation.length),
+                    )
+                ],
+                "finish": {side: dict(counts) for side, counts in evaluation.finish.items()},
+                "prompts": [
+                    {
+                        "prompt": prompt.text,
+                        "topic": prompt.topic,
+                        "start": old.response_text(),
+                        "candidate": new.response_text(),
+                        "gold_start": self.gold.score(old.prompt_messages(), old.response_text()),
+                        "gold_candidate": self.gold.score(new.prompt_messages(), new.response_text()),
+                        "proxy_start": float(proxy[0][i]),
+                        "proxy_candidate": float(proxy[1][i]),
+                    }
+                    for i, (prompt, old, new) in enumerate(zip(self.held_out, before, after, strict=True))
+                ],
+            },
+            "versions": versions(),
+            "machine": {"cpus": _cpus(), "processor": platform.machine(), "dtype": str(policy.dtype)},
+            "stages": self.stages,
+        }
+
+    def _panel_table(self, store: Store, records: list[Feedback]) -> list[dict[str, Any]]:
+        """Declared against observed, one row per annotator."""
+        texts = {i.sha256: i for i in store.items({t.sha256 for r in records for t in r.targets}).values()}
+        contexts = store.items({r.context for r in records if r.context})
+        rows = []
+        for who in self.panel.annotators:
+            mine = [
+                r for r in records if r.annotator.pseudonym == who.name and isinstance(r.payload, Comparison)
+            ]
+            agreed, first_shown = [], []
+            for record in mine:
+                assert isinstance(record.payload, Comparison)
+                if record.payload.outcome not in ("first", "second") or record.context is None:
+                    continue
+                won = 0 if record.payload.outcome == "first" else 1
+                prompt = contexts[record.context].messages()
+                scores = [self.gold.score(prompt, texts[t.sha256].text or "") for t in record.targets]
+                if scores[0] != scores[1]:
+                    agreed.append(scores[won] > scores[1 - won])
+                if record.presentation is not None:
+                    first_shown.append(record.presentation.order[0] == won)
+            rows.append(
+                {
+                    "name": who.name,
+                    "judgements": len(mine),
+                    "reliability": who.reliability,
+                    "position_bias": who.position_bias,
+                    "length_bias": who.length_bias,
+                    "agreement": float(np.mean(agreed)) if agreed else 0.5,
+                    "first_shown": float(np.mean(first_shown)) if first_shown else 0.5,
+                }
+            )
+        return rows
+
+    def _write(self, turn: dict[str, Any]) -> dict[str, Any]:
+        from corrigible.loop.report import write_report
+
+        evaluation = turn["evaluation"]
+        summary = {
+            "win_rate": evaluation["win_rate"]["value"],
+            "win_rate_interval": [evaluation["win_rate"]["low"], evaluation["win_rate"]["high"]],
+            "verdict": turn["verdict"]["decision"],
+            "reasons": [check["detail"] for check in turn["verdict"]["checks"]],
+            "gold_win_rate": evaluation["gold_win_rate"]["value"],
+            "gold_win_rate_interval": [
+                evaluation["gold_win_rate"]["low"],
+                evaluation["gold_win_rate"]["high"],
+            ],
+            "reward_accuracy": turn["reward"]["accuracy"]["value"],
+            "reward_accuracy_interval": [
+                turn["reward"]["accuracy"]["low"],
+                turn["reward"]["accuracy"]["high"],
+            ],
+            "kl": evaluation["kl"]["value"],
+            "kl_interval": [evaluation["kl"]["low"], evaluation["kl"]["high"]],
+            "mean_length": evaluation["length"],
+            "seconds": round(turn["seconds"], 1),
+            "peak_rss_mb": round(turn["peak_rss_mb"]),
+            "policies": {key: version["id"] for key, version in turn["policies"].items()},
+            "versions": turn["versions"],
+            "settings": turn["settings"],
+        }
+        _write_json(self.out / "turn.json", turn)
+        write_report(turn, self.out / "report.html")
+        emit(Artefact(name="report", path=str(self.out / "report.html")))
+        # Last: its presence says that the turn is complete.
+        _write_json(self.out / "summary.json", summary)
+        emit(Artefact(name="summary", path=str(self.out / "summary.json")))
+        return summary
+
+    # -- the folder -----------------------------------------------------------------------------
+
+    def _open(self) -> None:
+        """Begin, or find where an interrupted turn stopped."""
+        self.out.mkdir(parents=True, exist_ok=True)
+        path = self.out / "work" / "state.json"
+        settings = {"config": asdict(self.config), "gold": self.gold.declaration()}
+        if (self.out / "summary.json").exists():
+            clear(self.out)  # a finished turn: this is a new one
+        if path.exists():
+            self.state = json.loads(path.read_text(encoding="utf-8"))
+            if self.state["settings"] != json.loads(json.dumps(settings)):
+                raise BadInputError(
+                    f"{self.out} holds an unfinished turn with other settings.",
+                    advice="Give another --out, or begin anew with --fresh.",
+                )
+            emit(Message(text=f"Going on with the unfinished turn in {self.out}."))
+            return
+        from corrigible.records import now_us
+
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.state = {"settings": settings, "start_id": new_id(), "created_at": now_us()}
+        self._remember()
+
+    def _remember(self, **facts: Any) -> None:
+        self.state.update(facts)
+        _write_json(self.out / "work" / "state.json", self.state)
+
+    @contextmanager
+    def _stage(self, name: str) -> Iterator[Any]:
+        started = time.monotonic()
+        entry: dict[str, Any] = {"name": name, "summary": "", "seconds": 0.0}
+        self.stages.append(entry)
+
+        def note(text: str) -> None:
+            entry["summary"] = text
+
+        try:
+            yield note
+        finally:
+            entry["seconds"] = time.monotonic() - started
+            self._remember(seconds_before=self.state.get("seconds_before", 0.0) + entry["seconds"])
+        emit(Message(text=f"{name}: {entry['summary']} ({entry['seconds']:.0f} s)"))
+
+
+def clear(out: Path) -> None:
+    """Remove what an earlier turn left in ``out``, and nothing else."""
+    for name in ("work", "reward", "policy", "store.db.blobs"):
+        shutil.rmtree(out / name, ignore_errors=True)
+    for name in ("summary.json", "turn.json", "report.html", "store.db", "store.db-wal", "store.db-shm"):
+        (out / name).unlink(missing_ok=True)
+
+
+def clearest(pairs: Sequence[Pair], per_prompt: int) -> list[Pair]:
+    """The ``per_prompt`` pairs of each prompt on which the judges were most of one mind; ties never.
+
+    Where votes say the same, the pair judged by more people goes first.
+    """
+    by_prompt: dict[str, list[Pair]] = {}
+    for pair in pairs:
+        if pair.p_chosen != 0.5:
+            by_prompt.setdefault(pair.prompt_ref, []).append(pair)
+    chosen = []
+    for found in by_prompt.values():
+        found.sort(key=lambda pair: (-abs(pair.p_chosen - 0.5), -pair.weight))
+        chosen.extend(found[:per_prompt])
+    return chosen
+
+
+def versions() -> dict[str, str]:
+    """Versions of what the numbers depend on."""
+    found = {"python": platform.python_version()}
+    for name in ("corrigible", "torch", "transformers", "peft", "numpy", "scikit-learn"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def _cpus() -> int:
+    import os
+
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _rate(value: float, low: float, high: float, n: int) -> dict[str, Any]:
+    return {"value": value, "low": low, "high": high, "n": n}
+
+
+def _write_json(path: Path, data: dict[str, Any]) -> None:
+    partial = path.with_suffix(path.suffix + ".partial")
+    partial.write_text(
+        json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8"
+    )
+    partial.replace(path)
