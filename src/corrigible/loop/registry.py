@@ -159,7 +159,7 @@ class Registry:
         if state.status == "refused" and not override:
             raise RefusedError(
                 f"The gate refused {version.name}: {'; '.join(state.detail.get('reasons', []))}.",
-                advice="Gather more evidence (`corrigible evaluate`), or promote it all the same with --override.",
+                advice="Gather more evidence (`corrigible evaluate`), or promote it anyway with --override.",
             )
         self.store.add_policy_event(
             version.id,
