@@ -16,6 +16,7 @@ Nothing here reads a file or knows a model. Field names are those of the feedbac
 """
 
 from corrigible.records.base import Record, canonical_json, new_id, now_us
+from corrigible.records.editing import apply_edit
 from corrigible.records.envelope import (
     AGGREGATE,
     Annotator,
@@ -27,7 +28,7 @@ from corrigible.records.envelope import (
     Presentation,
 )
 from corrigible.records.episodes import Episode, FinishReason, Sampling, Step
-from corrigible.records.feedback import Envelope, Feedback, comparison, swap
+from corrigible.records.feedback import Envelope, Feedback, comparison, restrict, swap
 from corrigible.records.items import (
     MESSAGES_MEDIA_TYPE,
     Item,
@@ -80,6 +81,8 @@ from corrigible.records.payloads import (
     Verifier,
 )
 from corrigible.records.policies import PolicyVersion, TrainedOn
+from corrigible.records.schema import json_schema
+from corrigible.records.validation import Violation, validate, validate_together
 
 __all__ = [
     "AGGREGATE",
@@ -143,13 +146,19 @@ __all__ = [
     "UnknownPayload",
     "Verdict",
     "Verifier",
+    "Violation",
+    "apply_edit",
     "as_messages",
     "canonical_json",
     "comparison",
+    "json_schema",
     "messages_text",
     "migrate",
     "new_id",
     "now_us",
+    "restrict",
     "sha256_of_text",
     "swap",
+    "validate",
+    "validate_together",
 ]

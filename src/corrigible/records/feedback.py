@@ -28,10 +28,16 @@ from corrigible.records.payloads import (
     Adjudication,
     Approval,
     Comparison,
+    Critique,
     ImplicitEvent,
+    Intervention,
     Payload,
     PayloadBase,
+    Ranking,
+    Rating,
+    Spans,
     UnknownPayload,
+    Verdict,
 )
 
 
@@ -144,6 +150,9 @@ class Feedback(Record):
         elif isinstance(payload, ImplicitEvent):
             if "propensity" not in self.model_fields_set:
                 raise ValueError("an implicit event states its propensity (null when it is unknown)")
+        elif isinstance(payload, Intervention):
+            if self.targets[0].episode is None:
+                raise ValueError("an intervention is about an episode: its target names the episode's id")
         elif isinstance(payload, Approval):
             at = payload.executed_at
             if at is not None and payload.source == "user" and at < self.created_at:
@@ -323,3 +332,30 @@ def swap(record: Feedback) -> Feedback:
         order = tuple(1 - i for i in record.presentation.order)
         update["presentation"] = record.presentation.model_copy(update={"order": order})
     return record.model_copy(update=update)
+
+
+def restrict(record: Feedback, criterion: str) -> Feedback | None:
+    """What a record says on one criterion, or None when it says nothing on it.
+
+    Comparisons, rankings and ratings have one criterion; verdicts are on their principle's id; critiques keep
+    the aspects and spans the labels of that name. Other kinds judge the whole: criterion ``overall``. The
+    result keeps the record's id: it is a view, not a record to store.
+    """
+    payload = record.payload
+    if payload is None or isinstance(payload, UnknownPayload):
+        return None
+    if isinstance(payload, Comparison | Ranking | Rating):
+        return record if payload.criterion == criterion else None
+    if isinstance(payload, Verdict):
+        return record if payload.principle.id == criterion else None
+    if isinstance(payload, Critique) and payload.aspects:
+        aspects = tuple(a for a in payload.aspects if a.aspect == criterion)
+        return _narrowed(record, payload, {"aspects": aspects}) if aspects else None
+    if isinstance(payload, Spans):
+        spans = tuple(s for s in payload.spans if s.label == criterion)
+        return _narrowed(record, payload, {"spans": spans}) if spans else None
+    return record if criterion == "overall" else None
+
+
+def _narrowed(record: Feedback, payload: PayloadBase, update: dict[str, Any]) -> Feedback:
+    return record.model_copy(update={"payload": payload.model_copy(update=update)})

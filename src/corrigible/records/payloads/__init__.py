@@ -100,10 +100,15 @@ class Adjudication(PayloadBase):
         return self.gold.fault_with_targets(count)
 
 
+def _any_other_kind(schema: dict[str, Any]) -> None:
+    schema["required"] = ["kind"]
+    schema["properties"] = {"kind": {"type": "string", "not": {"enum": list(KINDS)}}}
+
+
 class UnknownPayload(RootModel[dict[str, JsonValue]]):
     """The payload of a kind that this version does not know: kept to the byte, and in no view."""
 
-    model_config = ConfigDict(frozen=True)
+    model_config = ConfigDict(frozen=True, json_schema_extra=_any_other_kind)
 
     _source: str | None = None  # the exact text it was read from, where that is not its compact JSON
 

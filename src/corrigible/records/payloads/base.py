@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
+
+from pydantic import ConfigDict
 
 from corrigible.records.base import Record
 from corrigible.records.items import ItemType
 
 
+def _kind_is_required(schema: dict[str, Any]) -> None:
+    schema["required"] = ["kind", *schema.get("required", ())]
+
+
 class PayloadBase(Record):
     """Base of the kinds. Class attributes say how many targets a kind takes, and of which type."""
+
+    model_config = ConfigDict(json_schema_extra=_kind_is_required)
 
     kind: str
     min_targets: ClassVar[int] = 1

@@ -126,20 +126,19 @@ class Edit(PayloadBase):
                 raise ValueError(f"a move goes to offset {op.to}, which lies inside another operation")
 
     def _check_path_order(self) -> None:
-        paths = [path_key(op.at) for op in self.ops if isinstance(op.at, str)]
         for before, after in zip(self.ops, self.ops[1:], strict=False):
             if path_key(str(after.at)) < path_key(str(before.at)):
                 raise ValueError(f"operations are not sorted: {after.at!r} follows {before.at!r}")
-        whole = [path_key(str(op.at)) for op in self.ops if op.op in ("delete", "replace", "move")]
-        for outer in whole:
-            inside = [p for p in paths if p[: len(outer)] == outer]
-            if len(inside) > 1 and not self._only_inserts_beside(outer):
+        # In document order everything inside an element follows it directly. An insert at the place of a
+        # deleted or replaced element goes before that element, and does not overlap it.
+        places = [(path_key(str(op.at)), op.op in ("delete", "replace", "move")) for op in self.ops]
+        places += [(path_key(str(op.to)), False) for op in self.ops if op.to is not None]
+        outer: PathKey | None = None
+        for place, whole in sorted(places):
+            if outer is not None and place[: len(outer)] == outer:
                 raise ValueError(f"operations overlap at {'/'.join(['', *map(_token, outer)])!r}")
-
-    def _only_inserts_beside(self, outer: PathKey) -> bool:
-        """An insert at the place of a deleted or replaced element goes before it and does not overlap."""
-        same = [op for op in self.ops if path_key(str(op.at))[: len(outer)] == outer]
-        return sum(op.op != "insert" or path_key(str(op.at)) != outer for op in same) == 1
+            if whole:
+                outer = place
 
 
 PathKey = tuple[tuple[int, int, str], ...]
