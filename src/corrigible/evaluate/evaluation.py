@@ -18,17 +18,16 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from corrigible.collect.questions import draw
 from corrigible.errors import BadInputError
 from corrigible.evaluate.kl import KLEstimate, kl_to_reference
 from corrigible.evaluate.statistics import Estimate, cluster_bootstrap, paired_bootstrap
-from corrigible.evaluate.win_rate import PairJudge, WinRate, pair_by_prompt, win_rate
+from corrigible.evaluate.win_rate import PairJudge, WinRate, no_answer, pair_by_prompt, win_rate
 from corrigible.events import Metric, emit, track
-from corrigible.records import Episode, Message, Sampling
+from corrigible.records import Episode, Message, Sampling, Step
 from corrigible.records.base import canonical_json
 
 if TYPE_CHECKING:
-    from corrigible.models import LanguagePolicy
+    from corrigible.models import Generation, LanguagePolicy
     from corrigible.rewards.signals import Signal
 
 _CHUNK_PROMPTS = 16  # prompts sampled between two writes: what a kill can cost
@@ -133,7 +132,12 @@ def compare(
             f"an evaluation needs judges with different names, not {[judge.name for judge in asked]}"
         )
     rates = {judge.name: win_rate(candidate, baseline, judge, level=level, seed=seed) for judge in asked}
-    pairs = pair_by_prompt(candidate, baseline).pairs
+    # An answer that does not exist has no length and no score; win rates count it with its reason.
+    pairs = [
+        (prompt, a, b)
+        for prompt, a, b in pair_by_prompt(candidate, baseline).pairs
+        if no_answer(a) is None and no_answer(b) is None
+    ]
     prompts = [prompt for prompt, _, _ in pairs]
     mine, theirs = [a for _, a, _ in pairs], [b for _, _, b in pairs]
     scores = {
@@ -233,12 +237,13 @@ def sample_episodes(
     """``n`` episodes per prompt, prompt by prompt; with ``keep`` written as they come.
 
     A file that an interrupted call left is continued. The result is the same as without the
-    interruption, because chance depends on ``seed`` and on the place in ``prompts`` only.
+    interruption, because chance depends on ``seed`` and the prompt only. A prompt that cannot be
+    answered (too long for the context) gives an episode that says so, and is counted later.
 
     Raises:
         BadInputError: ``keep`` belongs to another policy, other prompts or other settings.
     """
-    from corrigible.models.generate import generate, to_episode
+    from corrigible.models import generate, to_episode
 
     if not prompts:
         raise BadInputError("there are no prompts to sample from", advice="give at least one prompt")
@@ -264,10 +269,11 @@ def sample_episodes(
     starts = range(0, len(prompts), _CHUNK_PROMPTS)
     for start in track([s for s in starts if s * n >= len(done)], label, unit="chunk"):
         chunk = prompts[start : start + _CHUNK_PROMPTS]
-        chance = draw("sample", seed, start).getrandbits(31)
-        answers = generate(policy, list(chunk), n=n, sampling=sampling, seed=chance)
+        answers = generate(policy, list(chunk), n=n, sampling=sampling, seed=seed)
         fresh = [
             to_episode(prompt, generation, policy_version, task, sampling)
+            if generation.error is None
+            else _no_answer(prompt, generation, policy_version, task, sampling)
             for prompt, generations in zip(chunk, answers, strict=True)
             for generation in generations
         ]
@@ -314,6 +320,22 @@ class _EpisodeLog:
             file.writelines(episode.to_json_text() + "\n" for episode in episodes)
             file.flush()
             os.fsync(file.fileno())
+
+
+def _no_answer(
+    prompt: Sequence[Message], generation: Generation, policy_version: str, task: str, sampling: Sampling
+) -> Episode:
+    step = Step(
+        observation=tuple(prompt),
+        action=Message(role="assistant", content=""),
+        logprobs=(),
+        token_ids=(),
+        prompt_token_ids=generation.prompt_ids,
+        finish_reason=generation.finish_reason,
+        done=True,
+        info={"error": generation.error},
+    )
+    return Episode(task=task, policy=policy_version, sampling=sampling, steps=(step,))
 
 
 def _scored(

@@ -149,8 +149,7 @@ def kl_to_reference(
     Raises:
         BadInputError: no episode has sampled token ids.
     """
-    from corrigible.models.logprobs import token_logprobs
-    from corrigible.models.renderer import Rendered
+    from corrigible.models import Rendered, token_logprobs
 
     used = [e for e in episodes if e.steps[-1].token_ids and e.steps[-1].prompt_token_ids is not None]
     if not used:

@@ -256,9 +256,9 @@ def win_rate(
     to_judge: list[tuple[str, Episode, Episode]] = []
     items: list[WinRateItem] = []
     for prompt, mine, theirs in pairing.pairs:
-        broken = _broken(mine) or _broken(theirs)
-        if broken:
-            reasons[broken] += 1
+        missing = no_answer(mine) or no_answer(theirs)
+        if missing:
+            reasons[missing] += 1
         elif mine.response_text() == theirs.response_text():
             items.append(WinRateItem(prompt, mine.id, theirs.id, 0.5, 0.5, 0.5))
         else:
@@ -304,7 +304,7 @@ def win_rate(
     )
 
 
-def _broken(episode: Episode) -> str | None:
+def no_answer(episode: Episode) -> str | None:
     """Why an episode holds no answer to judge; an answer that is merely empty is an answer."""
     finish = episode.steps[-1].finish_reason
     if finish == FinishReason.error:
