@@ -28,7 +28,7 @@ from corrigible.align import (
 from corrigible.align.sources import row_key
 from corrigible.errors import BadInputError, NumericsError
 from corrigible.events import Alert, EventBus, Metric
-from corrigible.models import LanguagePolicy, Rendered, load_policy, logprobs_reference, token_logprobs
+from corrigible.models import LanguagePolicy, Rendered, load_policy, token_logprobs
 from corrigible.models.renderer import SCORED
 from corrigible.store import Pair
 
@@ -51,8 +51,10 @@ def disturb_adapter(policy: LanguagePolicy, scale: float = 0.1) -> None:
 
 
 def plain_logps(policy: LanguagePolicy, row: Rendered) -> torch.Tensor:
-    """By the slow reference path of the models room: one sequence, full logits."""
-    every = logprobs_reference(policy.model, torch.tensor(row.ids))
+    """One sequence at a time, no batch, full logits, with gradient: nothing of the fast path."""
+    ids = torch.tensor([row.ids])
+    logprobs = policy.model(input_ids=ids).logits[0, :-1].float().log_softmax(dim=-1)
+    every = logprobs.gather(1, ids[0, 1:, None])[:, 0]
     return torch.stack([every[i - 1] for i, kind in enumerate(row.kinds) if kind in SCORED])
 
 
