@@ -187,18 +187,23 @@ def _fault(model: type[BaseModel], detail: Any) -> str:
 
 
 def _resolve(model: type[BaseModel], loc: tuple[int | str, ...]) -> tuple[str, type[BaseModel]]:
-    """Readable path of an error, and the model that the last key was looked up in."""
+    """Readable path of an error, and the model that its last key was looked up in.
+
+    A location also names the branches that unions took; they are no keys of the input and are left out.
+    """
     holder, candidates, path = model, [model], ""
-    for part in loc:
+    for place, part in enumerate(loc):
         if isinstance(part, int):
             path += f"[{part}]"
             continue
-        tagged = [c for c in candidates if len(candidates) > 1 and _tag_of(c) == part]
-        if tagged:  # a discriminated union names the branch it took, which is no key of the input
-            candidates = tagged
+        branch = [c for c in candidates if part in (_tag_of(c), c.__name__.lower(), f"{c.__name__.lower()}s")]
+        field = next((f for c in candidates for n, f in c.model_fields.items() if part in (n, f.alias)), None)
+        if field is None and place < len(loc) - 1:
+            candidates = branch or candidates
             continue
-        holder = candidates[0] if candidates else holder
-        field = next((f for n, f in holder.model_fields.items() if part in (n, f.alias)), None)
+        holder = next(
+            (c for c in candidates if part in c.model_fields), candidates[0] if candidates else holder
+        )
         candidates = list(_models_in(field.annotation)) if field else []
         path += f".{part}" if path else part
     return path, holder

@@ -5,7 +5,7 @@ from __future__ import annotations
 from enum import StrEnum
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, JsonValue, model_validator
+from pydantic import Discriminator, Field, JsonValue, Tag, model_validator
 
 from corrigible.errors import BadInputError
 from corrigible.records.base import Micros, Record, new_id, now_us
@@ -45,9 +45,25 @@ class FinishReason(StrEnum):
 
 
 Vector = tuple[float, ...]
-Observation = Annotated[tuple[Message, ...] | Vector | ArrayRef, Field(union_mode="left_to_right")]
+
+
+def _form_of(value: Any) -> str:
+    """Which form an observation or action has; names the branch, so that errors speak of one only."""
+    if isinstance(value, list | tuple):
+        first = value[0] if value else None
+        return "messages" if first is None or isinstance(first, dict | Message) else "vector"
+    if isinstance(value, dict):
+        return "array" if "sha256" in value else "message"
+    return "array" if isinstance(value, ArrayRef) else "message"
+
+
+_ArrayForm = Annotated[ArrayRef, Tag("array")]
+_VectorForm = Annotated[Vector, Tag("vector")]
+Observation = Annotated[
+    Annotated[tuple[Message, ...], Tag("messages")] | _VectorForm | _ArrayForm, Discriminator(_form_of)
+]
 """Text: the messages since the last step. Control: float32 values in native units, or an array in a blob."""
-Action = Annotated[Message | Vector | ArrayRef, Field(union_mode="left_to_right")]
+Action = Annotated[Annotated[Message, Tag("message")] | _VectorForm | _ArrayForm, Discriminator(_form_of)]
 """Text: one assistant message. Control: float32 values in native units, or an array in a blob."""
 
 _ROUNDING_NATS = 1e-3  # float32 softmax may put a certain token this far above 0

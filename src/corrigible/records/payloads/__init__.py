@@ -9,7 +9,7 @@ checked by :mod:`corrigible.records.validation`.
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
 from pydantic import ConfigDict, Discriminator, Field, JsonValue, RootModel, Tag, model_validator
 
@@ -149,28 +149,7 @@ class UnknownPayload(RootModel[dict[str, JsonValue]]):
 
 KINDS: dict[str, type[PayloadBase]] = {
     str(model.model_fields["kind"].default): model
-    for model in (
-        Comparison,
-        Ranking,
-        Rating,
-        Reaction,
-        Critique,
-        Spans,
-        StepLabels,
-        Edit,
-        Demonstration,
-        Intervention,
-        SegmentPreference,
-        ImplicitEvent,
-        Verdict,
-        Outcome,
-        ConceptCorrection,
-        Click,
-        Label,
-        Answer,
-        Approval,
-        Adjudication,
-    )
+    for model in (*get_args(get_args(Judgement)[0]), Adjudication)
 }
 """The 20 kinds by name, in the field guide's order."""
 
@@ -179,29 +158,11 @@ def _known_or_not(value: Any) -> str | None:
     kind = value.get("kind") if isinstance(value, dict) else getattr(value, "kind", None)
     if not isinstance(kind, str):
         return None
-    return kind if kind in KINDS else "unknown"
+    return kind if kind == "adjudication" else "judgement" if kind in KINDS else "unknown"
 
 
 Payload = Annotated[
-    Annotated[Comparison, Tag("comparison")]
-    | Annotated[Ranking, Tag("ranking")]
-    | Annotated[Rating, Tag("rating")]
-    | Annotated[Reaction, Tag("reaction")]
-    | Annotated[Critique, Tag("critique")]
-    | Annotated[Spans, Tag("spans")]
-    | Annotated[StepLabels, Tag("step_labels")]
-    | Annotated[Edit, Tag("edit")]
-    | Annotated[Demonstration, Tag("demonstration")]
-    | Annotated[Intervention, Tag("intervention")]
-    | Annotated[SegmentPreference, Tag("segment_preference")]
-    | Annotated[ImplicitEvent, Tag("implicit_event")]
-    | Annotated[Verdict, Tag("verdict")]
-    | Annotated[Outcome, Tag("outcome")]
-    | Annotated[ConceptCorrection, Tag("concept_correction")]
-    | Annotated[Click, Tag("click")]
-    | Annotated[Label, Tag("label")]
-    | Annotated[Answer, Tag("answer")]
-    | Annotated[Approval, Tag("approval")]
+    Annotated[Judgement, Tag("judgement")]
     | Annotated[Adjudication, Tag("adjudication")]
     | Annotated[UnknownPayload, Tag("unknown")],
     Discriminator(_known_or_not),
