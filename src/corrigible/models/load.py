@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -254,12 +256,13 @@ def _converted(gguf: Path) -> Path:
         folder.chmod(0o755)
         arguments = {"gguf_file": gguf.name}
         tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), **arguments)
-        model = AutoModelForCausalLM.from_pretrained(
-            str(gguf.parent),
-            quantization_config=GgufConfig(dequantize=True),
-            dtype=torch.float32,
-            **arguments,
-        )
+        with contextlib.redirect_stderr(io.StringIO()):  # its progress bar knows no off switch
+            model = AutoModelForCausalLM.from_pretrained(
+                str(gguf.parent),
+                quantization_config=GgufConfig(dequantize=True),
+                dtype=torch.float32,
+                **arguments,
+            )
         model.save_pretrained(folder, safe_serialization=True)
         tokenizer.save_pretrained(folder)
         note = {"converted_from": gguf.name, "sha256": digest, "transformers": transformers.__version__}
