@@ -55,10 +55,15 @@ def pages() -> dict[str, str]:
         "reference/formats.md": formats_page(),
         "reference/algorithms.md": algorithms_page(),
         "reference/claims.md": claims_page(),
-        "contributing.md": (REPOSITORY / "CONTRIBUTING.md").read_text(encoding="utf-8"),
-        "changelog.md": (REPOSITORY / "CHANGELOG.md").read_text(encoding="utf-8"),
+        "contributing.md": _from_root("CONTRIBUTING.md"),
+        "changelog.md": _from_root("CHANGELOG.md"),
         **python,
     }
+
+
+def _from_root(name: str) -> str:
+    """A page of the repository's root; its links into docs/ are relative to the site here."""
+    return (REPOSITORY / name).read_text(encoding="utf-8").replace("](docs/", "](")
 
 
 # --- Python -------------------------------------------------------------------------------------
