@@ -198,7 +198,7 @@ def _resolve(model: type[BaseModel], loc: tuple[int | str, ...]) -> tuple[str, t
             continue
         branch = [c for c in candidates if part in (_tag_of(c), c.__name__.lower(), f"{c.__name__.lower()}s")]
         field = next((f for c in candidates for n, f in c.model_fields.items() if part in (n, f.alias)), None)
-        if field is None and place < len(loc) - 1:
+        if (field is None and place < len(loc) - 1) or (branch and len(candidates) > 1):
             candidates = branch or candidates
             continue
         holder = next(

@@ -180,6 +180,9 @@ class Feedback(Record):
             new_index = [places.index(i) for i in range(len(targets))]
             targets = [targets[i] for i in places]
             if isinstance(judgement, PayloadBase):
+                fault = judgement.fault_with_targets(len(targets))
+                if fault is not None:
+                    raise BadInputError(f"feedback record: {fault}.")
                 judgement = judgement.permuted(new_index)
             shown = envelope.get("presentation")
             if shown is not None and shown.order is not None and len(shown.order) == len(places):

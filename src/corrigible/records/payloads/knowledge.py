@@ -11,7 +11,8 @@ from corrigible.records.base import Record, Sha256
 from corrigible.records.items import ItemType
 from corrigible.records.payloads.base import PayloadBase
 
-_WORD = re.compile(r"[^\W\d]\w*|[∀∃]")
+_WORD = re.compile(r"[^\W\d]\w*")
+_TOKEN = re.compile(rf"{_WORD.pattern}|[∀∃(),]|[^\w\s]+")
 _QUANTIFIERS = {"forall", "exists", "all", "some", "∀", "∃"}
 _CONNECTIVES = {"and", "or", "not", "implies", "iff", "xor", "true", "false"}
 
@@ -26,24 +27,25 @@ def rule_atoms(rule: str) -> frozenset[str]:
     """
     atoms: set[str] = set()
     variables: set[str] = set()
-    depth, stack = 0, [False]  # stack: are we inside the arguments of a predicate?
-    words = list(re.finditer(r"[^\W\d]\w*|[∀∃()]", rule))
-    for place, match in enumerate(words):
-        word = match.group()
-        if word == "(":
-            before = words[place - 1].group() if place else ""
-            touching = place > 0 and words[place - 1].end() == match.start()
-            stack.append(stack[-1] or (touching and before in atoms))
-            depth += 1
-        elif word == ")":
-            if len(stack) > 1:
-                stack.pop()
-        elif word.lower() in _CONNECTIVES or word.lower() in _QUANTIFIERS:
-            continue
-        elif place and words[place - 1].group().lower() in _QUANTIFIERS:
-            variables.add(word)
-        elif not stack[-1] and word not in variables:
-            atoms.add(word)
+    binding = False  # between a quantifier and the end of its list of variables
+    nested = [False]  # for each open parenthesis: does it hold the arguments of a predicate?
+    before, end = "", 0
+    for match in _TOKEN.finditer(rule):
+        token = match.group()
+        if token == "(":
+            nested.append(nested[-1] or (before in atoms and match.start() == end))
+        elif token == ")":
+            if len(nested) > 1:
+                nested.pop()
+        elif token.lower() in _QUANTIFIERS:
+            binding = True
+        elif binding and _WORD.fullmatch(token) and before.lower() in {",", *_QUANTIFIERS}:
+            variables.add(token)
+        elif _WORD.fullmatch(token) and token.lower() not in _CONNECTIVES and token not in variables:
+            atoms |= set() if nested[-1] else {token}
+        if token != "," and token not in variables and token.lower() not in _QUANTIFIERS:
+            binding = False
+        before, end = token, match.end()
     return frozenset(atoms)
 
 

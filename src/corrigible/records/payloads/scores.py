@@ -164,7 +164,7 @@ class TestResult(Record):
     __test__ = False  # not a test class for pytest
 
     name: str
-    passed: bool | None
+    passed: bool | None = None
     weight: float = Field(default=1.0, ge=0)
     ms: Annotated[float, Field(ge=0)] | None = None
 
