@@ -11,7 +11,7 @@ import os
 import select
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, TextIO
 
@@ -73,19 +73,26 @@ class TerminalKeys:
         self._fd = fd
 
     def read(self) -> str | None:
-        import tty
+        import termios
 
-        # Set again each time: a shell puts the mode back after Ctrl-Z and fg.
-        tty.setcbreak(self._fd)
         try:
+            self.single_keys()  # again each time: a shell changes the mode over Ctrl-Z and fg
             byte = os.read(self._fd, 1)
-        except OSError:  # the terminal is gone
+        except (OSError, termios.error):  # the terminal is gone
             return None
         if byte in (b"", b"\x04"):
             return None
         if byte == b"\x1b":
             return self._escape()
         return byte.decode("ascii", "ignore").lower() if byte.isalnum() else ""
+
+    def single_keys(self) -> None:
+        """Have keys come one by one and unechoed; Ctrl-C still interrupts."""
+        import termios
+        import tty
+
+        # Now, because the default would throw away keys that were typed ahead.
+        tty.setcbreak(self._fd, termios.TCSANOW)
 
     def _escape(self) -> str:
         sequence = ""
@@ -124,9 +131,13 @@ def keyboard(stream: TextIO) -> Iterator[Keys]:
         yield LineKeys(stream)
         return
     try:
-        yield TerminalKeys(fd)
+        terminal = TerminalKeys(fd)
+        terminal.single_keys()
+        yield terminal
     finally:
-        termios.tcsetattr(fd, termios.TCSADRAIN, before)
+        # Not "drain": a terminal whose window was closed never drains.
+        with suppress(termios.error):
+            termios.tcsetattr(fd, termios.TCSANOW, before)
 
 
 @dataclass
