@@ -1,9 +1,10 @@
 """How fast the store takes in, filters and streams feedback, beside plain ``sqlite3.executemany``.
 
-The plain side writes the very same rows, already serialised, into one table with a primary key and nothing
-else, with the same durability (WAL, synchronous=FULL, one transaction). The store's side starts from records:
-it serialises them, looks up whether it holds them, fills the table, the target and policy tables and all
-indices, and feeds the change feed. Both leave out the time it takes to make the records up.
+The plain side writes the very same rows, already serialised, with the same durability (WAL,
+synchronous=FULL, one transaction): once into one table with a primary key and nothing else, once into the
+store's own tables with all their indices. The store's side starts from records: it serialises them, looks up
+whether it holds them, and fills record, target and policy tables, indices and change feed. The time it takes
+to make the records up is left out.
 
     python -m bench.store --n 1000000
     python -m bench.store --n 100000 --url postgresql://me@localhost/bench
@@ -18,6 +19,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -30,6 +32,7 @@ from corrigible.store import Store
 ANNOTATORS = 50
 TASKS = 1000
 POLICIES = 4
+BATCH = 4000
 PROMPT = "Explain to a newcomer why the sky is blue, in at most three sentences."
 FIRST_MOMENT = 1_700_000_000_000_000
 
@@ -73,11 +76,10 @@ class Made:
         template, _items = comparison(PROMPT, "Because of air.", "It is paint.", annotator=annotators[0])
         responses = [Item.of_text(f"Answer {i}", type="response").sha256 for i in range(20_000)]
         policies = [(PolicyRef(snapshot=f"policy-{i}"),) * 2 for i in range(POLICIES)]
-        batch = 4000
-        for start in range(0, self.n, batch):
+        for start in range(0, self.n, BATCH):
             clock = time.perf_counter()
             records = []
-            for i in range(start, min(start + batch, self.n)):
+            for i in range(start, min(start + BATCH, self.n)):
                 name = new_id()
                 shas = sorted((responses[i % 20_000], responses[(i * 7 + 1) % 20_000]))
                 records.append(
@@ -100,7 +102,7 @@ class Made:
 
 
 def run(n: int = 1_000_000, url: str | None = None) -> dict[str, Any]:
-    """Measure; rates are records per second, ``slower_than_sqlite3`` is a ratio of seconds.
+    """Measure; rates are records per second, ``slower_than_…`` are ratios of seconds.
 
     ``url``: an empty PostgreSQL database to measure instead of an SQLite file (the plain side stays
     ``sqlite3``).
@@ -139,7 +141,7 @@ def run(n: int = 1_000_000, url: str | None = None) -> dict[str, Any]:
         changed = sum(1 for _ in store.changes())
         feed_seconds = time.perf_counter() - clock
         assert streamed == counted == changed == n
-        plain_seconds = _plain_sqlite3(store, Path(folder, "plain.db"))
+        bare_seconds, indexed_seconds = _plain_sqlite3(store, Path(folder))
     return {
         "records": n,
         "database": "postgresql" if url else "sqlite",
@@ -150,51 +152,60 @@ def run(n: int = 1_000_000, url: str | None = None) -> dict[str, Any]:
         "count_seconds": round(count_seconds, 3),
         "stream_per_second": round(n / stream_seconds),
         "feed_per_second": round(n / feed_seconds),
-        "sqlite3_executemany_per_second": round(n / plain_seconds),
-        "slower_than_sqlite3": round(add_seconds / plain_seconds, 2),
+        "sqlite3_executemany_per_second": round(n / bare_seconds),
+        "slower_than_sqlite3": round(add_seconds / bare_seconds, 2),
+        "sqlite3_same_tables_per_second": round(n / indexed_seconds),
+        "slower_than_sqlite3_same_tables": round(add_seconds / indexed_seconds, 2),
         "peak_rss_mb": round(memory.peak),
         "peak_rss_growth_mb": round(memory.peak - memory.before),
     }
 
 
-def _plain_sqlite3(store: Store, path: Path) -> float:
-    """Seconds that sqlite3 alone takes to store the same rows."""
-    connection = sqlite3.connect(path, isolation_level=None)
-    connection.execute("PRAGMA journal_mode = WAL")
-    connection.execute("PRAGMA synchronous = FULL")
-    connection.execute(
+def _plain_sqlite3(store: Store, folder: Path) -> tuple[float, float]:
+    """Seconds that sqlite3 alone takes to store the same rows: in one bare table, and in the store's tables
+    with all their indices."""
+    bare = sqlite3.connect(folder / "bare.db", isolation_level=None)
+    bare.execute("PRAGMA journal_mode = WAL")
+    bare.execute(
         "CREATE TABLE feedback (id TEXT PRIMARY KEY, kind TEXT, annotator TEXT, task TEXT, "
         "created_at INTEGER, record TEXT)"
     )
-    seconds = 0.0
-    batch: list[tuple[Any, ...]] = []
-
-    def write() -> float:
+    Store.open(folder / "indexed.db").close()
+    indexed = sqlite3.connect(folder / "indexed.db", isolation_level=None)
+    for connection in (bare, indexed):
+        connection.execute("PRAGMA synchronous = FULL")
+        connection.execute("PRAGMA cache_size = -65536")
+        connection.execute("BEGIN IMMEDIATE")
+    seconds = [0.0, 0.0]
+    records = enumerate(store.feedback(), start=1)
+    while batch := list(islice(records, BATCH)):
+        rows = [
+            (i, 0, f.id, f.kind, f.annotator.pseudonym, f.task_id, f.created_at, f.to_json_text())
+            for i, f in batch
+        ]
+        bare_rows = [row[2:] for row in rows]
+        targets = [(t.sha256, i, place, None) for i, f in batch for place, t in enumerate(f.targets)]
+        policies = [
+            (f.policy[0].snapshot, f.created_at, f.id, i) for i, f in batch if f.policy and f.policy[0]
+        ]
         clock = time.perf_counter()
-        connection.executemany("INSERT INTO feedback VALUES (?, ?, ?, ?, ?, ?)", batch)
-        batch.clear()
-        return time.perf_counter() - clock
-
-    connection.execute("BEGIN IMMEDIATE")
-    for record in store.feedback():
-        batch.append(
-            (
-                record.id,
-                record.kind,
-                record.annotator.pseudonym,
-                record.task_id,
-                record.created_at,
-                record.to_json_text(),
-            )
+        bare.executemany("INSERT INTO feedback VALUES (?, ?, ?, ?, ?, ?)", bare_rows)
+        seconds[0] += time.perf_counter() - clock
+        clock = time.perf_counter()
+        indexed.executemany(
+            "INSERT INTO feedback (cursor, added_at, id, kind, annotator, task, created_at, record) "
+            "VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+            rows,
         )
-        if len(batch) == 4000:
-            seconds += write()
-    seconds += write()
-    clock = time.perf_counter()
-    connection.execute("COMMIT")
-    seconds += time.perf_counter() - clock
-    connection.close()
-    return seconds
+        indexed.executemany("INSERT INTO feedback_target VALUES (?, ?, ?, ?)", targets)
+        indexed.executemany("INSERT INTO feedback_policy VALUES (?, ?, ?, ?)", policies)
+        seconds[1] += time.perf_counter() - clock
+    for which, connection in enumerate((bare, indexed)):
+        clock = time.perf_counter()
+        connection.execute("COMMIT")
+        seconds[which] += time.perf_counter() - clock
+        connection.close()
+    return seconds[0], seconds[1]
 
 
 def main() -> None:

@@ -8,6 +8,7 @@ a blob that exists is whole, and two processes that store the same bytes at once
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 import re
 import tarfile
@@ -15,7 +16,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from corrigible.errors import BadInputError, MissingError, StorageError
 from corrigible.store.faults import disk_error
@@ -194,12 +195,16 @@ class Blobs:
             incoming.unlink(missing_ok=True)
 
 
-class _HashingWriter:
+class _HashingWriter(io.RawIOBase):
     def __init__(self, file: IO[bytes]) -> None:
+        super().__init__()
         self._file = file
         self._hash = hashlib.sha256()
 
-    def write(self, data: bytes) -> int:
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
         self._hash.update(data)
         return self._file.write(data)
 

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 from corrigible.errors import BadInputError
 from corrigible.events import Message as Said
 from corrigible.events import emit
-from corrigible.records import MESSAGES_MEDIA_TYPE, Feedback, Item, Message
+from corrigible.records import MESSAGES_MEDIA_TYPE, Item, Message
 from corrigible.records.envelope import Scope
-from corrigible.records.views import PairRow, pairs, usable
+from corrigible.records.views import PairRow, Ties, pairs
 from corrigible.store.store import Store
 
 
@@ -57,18 +57,10 @@ class Pair:
         return _text(self.rejected)
 
 
-@dataclass(frozen=True)
-class _Source:
-    """What a pair needs of the record it comes from, kept small while records stream by."""
-
-    task: str | None
-    episodes: dict[str, str] = field(default_factory=dict)
-
-
 def load_pairs(
     store: Store,
     *,
-    ties: Literal["half", "drop"] = "half",
+    ties: Ties = "half",
     aggregate: bool = False,
     criterion: str | None = None,
     scope: Scope = "train",
@@ -96,16 +88,13 @@ def load_pairs(
     """
     if ties not in ("half", "drop"):
         raise BadInputError(f"Unknown ties={ties!r}.", advice="One of 'half', 'drop'.")
-    sources: dict[str, _Source] = {}
     try:
-        records = usable(store.feedback(**filters), scope=scope)
+        records = store.feedback(**filters)
     except TypeError as error:
         raise BadInputError(f"No such filter: {error}.") from error
-    rows = [
-        row
-        for row in pairs(_noting(records, sources), ties=ties)
-        if criterion is None or row.criterion == criterion
-    ]
+    # Nothing is superseded that the store has not left out already.
+    implied = pairs(records, scope=scope, ties=ties, superseded=())
+    rows = [row for row in implied if criterion is None or row.criterion == criterion]
     texts, untexted = _messages(store, rows)
     found: list[Pair] = []
     left_out = 0
@@ -113,17 +102,10 @@ def load_pairs(
         if row.chosen in untexted or row.rejected in untexted or row.context in untexted:
             left_out += 1
         else:
-            found.append(_pair(row, texts, sources))
+            found.append(_pair(row, texts))
     if left_out:
         emit(Said(text=f"{left_out} of {len(rows)} pairs are not about text and were left out"))
     return _aggregated(found) if aggregate else found
-
-
-def _noting(records: Iterable[Feedback], sources: dict[str, _Source]) -> Iterator[Feedback]:
-    for record in records:
-        episodes = {t.sha256: t.episode for t in record.targets if t.episode is not None}
-        sources[record.id] = _Source(record.task_id, episodes)
-        yield record
 
 
 def _messages(store: Store, rows: Sequence[PairRow]) -> tuple[dict[str, tuple[Message, ...]], set[str]]:
@@ -151,7 +133,7 @@ def _messages(store: Store, rows: Sequence[PairRow]) -> tuple[dict[str, tuple[Me
     return texts, untexted
 
 
-def _item_messages(item: Item, role: Literal["user", "assistant"] | str) -> tuple[Message, ...] | None:
+def _item_messages(item: Item, role: str) -> tuple[Message, ...] | None:
     if item.media_type == MESSAGES_MEDIA_TYPE:
         return item.messages()
     if item.text is None or not item.media_type.startswith("text/"):
@@ -164,27 +146,22 @@ def _key(sha: str, role: str) -> str:
     return f"{role}:{sha}"
 
 
-def _pair(row: PairRow, texts: dict[str, tuple[Message, ...]], sources: dict[str, _Source]) -> Pair:
-    found = [sources[name] for name in row.derived_from if name in sources]
-    tasks = [source.task for source in found if source.task is not None]
-    episodes: dict[str, str] = {}
-    for source in found:
-        episodes.update(source.episodes)
+def _pair(row: PairRow, texts: dict[str, tuple[Message, ...]]) -> Pair:
     return Pair(
         prompt=texts[_key(row.context, "user")] if row.context is not None else (),
         chosen=texts[_key(row.chosen, "assistant")],
         rejected=texts[_key(row.rejected, "assistant")],
         p_chosen=row.p_chosen,
         weight=row.weight,
-        group=tasks[0] if tasks else row.context or f"item:{min(row.chosen, row.rejected)}",
+        group=row.task_id or row.context or f"item:{min(row.chosen, row.rejected)}",
         annotators=(row.annotator,),
         derived_from=row.derived_from,
         criterion=row.criterion,
         chosen_ref=row.chosen,
         rejected_ref=row.rejected,
         prompt_ref=row.context,
-        chosen_episode=episodes.get(row.chosen),
-        rejected_episode=episodes.get(row.rejected),
+        chosen_episode=row.chosen_episode,
+        rejected_episode=row.rejected_episode,
     )
 
 

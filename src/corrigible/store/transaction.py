@@ -209,7 +209,7 @@ class Transaction:
         same: Callable[[R, str, str], bool],
         after_batch: Callable[[Sequence[R]], None] = lambda batch: None,
     ) -> Added:
-        """``row`` makes the table's row from (cursor, record, its text); ``same`` says whether a record, given
+        """``row`` makes the table's row from (cursor, record, text); ``same`` says whether a record, given
         with its text, equals the text stored under its key."""
         table = identity.table
         assert isinstance(table, Table)
