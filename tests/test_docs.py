@@ -175,7 +175,6 @@ def test_python_blocks_of_the_guides_run(tmp_path: Path, monkeypatch: pytest.Mon
             exec(compile(code, name, "exec"), namespace)
 
 
-@pytest.mark.slow
 def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     pytest.importorskip("mkdocs")
     done = subprocess.run(
