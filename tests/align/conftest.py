@@ -20,7 +20,7 @@ def _sha(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def build_pair(prompt: str, chosen: str, rejected: str, *, number: int = 0, **changes: object) -> Pair:
+def build_pair(prompt: str, chosen: str, rejected: str, /, *, number: int = 0, **changes: object) -> Pair:
     fields: dict[str, object] = {
         "prompt": (Message(role="user", content=prompt),),
         "chosen": (Message(role="assistant", content=chosen),),

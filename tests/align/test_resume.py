@@ -10,7 +10,7 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -24,9 +24,9 @@ from corrigible.records import PolicyVersion
 
 SETTINGS = {"steps": 16, "batch_size": 4, "lr": 5e-3, "checkpoint_every": 3, "micro_batch_tokens": 400}
 
-RUN = textwrap.dedent(
+NURSERY = textwrap.dedent(
     """
-    import json, sys
+    import json, os, sys, traceback
     sys.path.insert(0, sys.argv[1])
     from conftest import build_pairs, build_policy
     import torch
@@ -34,37 +34,70 @@ RUN = textwrap.dedent(
     from corrigible.errors import CorrigibleError
 
     torch.set_num_threads(1)
-    try:
-        version = train_dpo(
-            build_pairs(20), build_policy(), out=sys.argv[2], resume=True,
-            config=TrainConfig(**json.loads(sys.argv[3])),
-            resume_hint="corrigible train dpo --resume",
-        )
-    except CorrigibleError as error:
-        print(type(error).__name__, error, flush=True)
-        raise SystemExit(error.exit_code)
-    print(version.weights)
+    build_policy()  # whatever is imported late is imported before the first fork
+    for line in sys.stdin:
+        out, settings = json.loads(line)
+        child = os.fork()
+        if child == 0:
+            code = 1
+            try:
+                version = train_dpo(
+                    build_pairs(20), build_policy(), out=out, config=TrainConfig(**settings),
+                    resume=True, resume_hint="corrigible train dpo --resume",
+                )
+                said, code = version.weights, 0
+            except CorrigibleError as error:
+                said, code = f"{type(error).__name__} {error}", error.exit_code
+            except BaseException:
+                said = traceback.format_exc()
+            with open(out + ".said", "w") as file:
+                file.write(said)
+            os._exit(code)
+        print(child, flush=True)
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
     """
 )
 
 
-def start(out: Path, **settings: object) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-c", RUN, str(Path(__file__).parent), str(out), json.dumps(SETTINGS | settings)],
+class Run:
+    """A training run in a process of its own."""
+
+    def __init__(self, nursery: subprocess.Popen[str], out: Path, settings: dict[str, object]) -> None:
+        assert nursery.stdin and nursery.stdout
+        self.out, self._answers = out, nursery.stdout
+        nursery.stdin.write(json.dumps([str(out), SETTINGS | settings]) + "\n")
+        nursery.stdin.flush()
+        self.pid = int(self._answers.readline())
+
+    def send(self, number: signal.Signals) -> None:
+        os.kill(self.pid, number)
+
+    def end(self) -> tuple[int, str]:
+        """Its exit code (minus the signal's number if that ended it) and what it said last."""
+        code = int(self._answers.readline())
+        said = self.out.with_name(self.out.name + ".said")
+        return code, said.read_text() if said.exists() else ""
+
+    def wait_for_step(self, step: int) -> None:
+        history = self.out / "metrics.jsonl"
+        deadline = time.monotonic() + 120
+        while not (history.exists() and history.read_bytes().count(b"\n") >= step):
+            assert time.monotonic() < deadline and not self.out.with_name(self.out.name + ".said").exists()
+            time.sleep(0.002)
+
+
+@pytest.fixture(scope="module")
+def start() -> Iterator[Callable[..., Run]]:
+    """Starts runs as forks of one process that has imported everything: a kill -9 costs no new import."""
+    nursery = subprocess.Popen(
+        [sys.executable, "-W", "ignore", "-c", NURSERY, str(Path(__file__).parent)],
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
         text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
-
-
-def wait_for(path: Path, process: subprocess.Popen[str], lines: int = 1) -> None:
-    """Until ``path`` has so many lines, or the process has ended."""
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and process.poll() is None:
-        if path.exists() and path.read_bytes().count(b"\n") >= lines:
-            return
-        time.sleep(0.005)
+    yield lambda out, **settings: Run(nursery, out, settings)
+    nursery.communicate()
 
 
 def final_tensors(out: Path) -> dict[str, torch.Tensor]:
@@ -73,22 +106,21 @@ def final_tensors(out: Path) -> dict[str, torch.Tensor]:
     return latest.tensors
 
 
-def test_killed_at_random_points_it_ends_with_bitwise_the_same_weights(tmp_path: Path) -> None:
-    whole = start(tmp_path / "whole")
-    sha, errors = whole.communicate(timeout=200)
-    assert whole.returncode == 0, errors
+def test_killed_at_random_points_it_ends_with_bitwise_the_same_weights(
+    tmp_path: Path, start: Callable[..., Run]
+) -> None:
+    code, sha = start(tmp_path / "whole").end()
+    assert code == 0, sha
 
     out, rng = tmp_path / "killed", random.Random(11)
-    for attempt, line in enumerate(sorted(rng.sample(range(1, 15), 3))):
-        process = start(out)
-        wait_for(out / "metrics.jsonl", process, line)
+    for step in sorted(rng.sample(range(1, 15), 5)):
+        run = start(out)
+        run.wait_for_step(step)
         time.sleep(rng.random() * 0.03)
-        process.kill()
-        process.communicate()
-        assert process.returncode == -signal.SIGKILL, f"kill {attempt} came too late"
-    last = start(out)
-    resumed, errors = last.communicate(timeout=200)
-    assert last.returncode == 0, errors
+        run.send(signal.SIGKILL)
+        assert run.end()[0] == -signal.SIGKILL, f"the kill after step {step} came too late"
+    code, resumed = start(out).end()
+    assert code == 0, resumed
 
     assert resumed == sha
     a, b = final_tensors(tmp_path / "whole"), final_tensors(out)
@@ -101,24 +133,22 @@ def test_killed_at_random_points_it_ends_with_bitwise_the_same_weights(tmp_path:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_ctrl_c_saves_says_how_to_go_on_and_exits_130(tmp_path: Path, number: signal.Signals) -> None:
+def test_ctrl_c_saves_says_how_to_go_on_and_exits_130(
+    tmp_path: Path, start: Callable[..., Run], number: signal.Signals
+) -> None:
     out = tmp_path / "run"
-    process = start(out, steps=5000, checkpoint_every=5000)
-    wait_for(out / "metrics.jsonl", process, 4)
-    process.send_signal(number)
-    said, errors = process.communicate(timeout=60)
-    assert process.returncode == 130, errors
+    run = start(out, steps=5000, checkpoint_every=5000)
+    run.wait_for_step(4)
+    run.send(number)
+    code, said = run.end()
+    assert code == 130, said
     assert said.startswith("Interrupted Interrupted after step") and "train dpo --resume" in said
     latest = load_latest(out / "checkpoints")
     assert latest is not None
     assert latest.step == len((out / "metrics.jsonl").read_text().splitlines()) >= 4
 
 
-class _StopAt(Exception):
-    pass
-
-
-def run(
+def train(
     out: Path, make_policy: Callable, make_pairs: Callable, *, resume: bool = False, **settings: object
 ) -> Trainer:
     policy = make_policy()
@@ -134,7 +164,7 @@ def test_an_interrupt_within_a_step_undoes_that_step(
     tmp_path: Path, make_policy: Callable, make_pairs: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Ctrl-C between two micro-batches: half a gradient must not leak into the resumed run."""
-    whole = run(tmp_path / "whole", make_policy, make_pairs, micro_batch_tokens=1)
+    whole = train(tmp_path / "whole", make_policy, make_pairs, steps=8, micro_batch_tokens=1)
     calls = {"n": 0}
     plain = Trainer.accumulate
 
@@ -153,11 +183,11 @@ def test_an_interrupt_within_a_step_undoes_that_step(
         return plain(self, examples)
 
     monkeypatch.setattr(Trainer, "accumulate", accumulate)
-    with pytest.raises(Interrupted, match="after step 6 of 16") as caught:
-        run(tmp_path / "cut", make_policy, make_pairs, micro_batch_tokens=1)
+    with pytest.raises(Interrupted, match="after step 6 of 8") as caught:
+        train(tmp_path / "cut", make_policy, make_pairs, steps=8, micro_batch_tokens=1)
     assert caught.value.exit_code == 130 and "resume=True" in caught.value.advice
     monkeypatch.undo()
-    resumed = run(tmp_path / "cut", make_policy, make_pairs, resume=True, micro_batch_tokens=1)
+    resumed = train(tmp_path / "cut", make_policy, make_pairs, resume=True, steps=8, micro_batch_tokens=1)
     assert resumed.policy.weights_sha256() == whole.policy.weights_sha256()
 
 
@@ -166,23 +196,25 @@ def test_an_interrupt_while_the_reference_is_scored_keeps_what_was_scored(
 ) -> None:
     import corrigible.align.reference as module
 
-    plain, calls = module.token_logprobs, []
+    plain, calls, cut = module.token_logprobs, [], []
 
     def interrupted(*args: object, **options: object) -> object:
         calls.append(1)
-        if len(calls) == 3:
+        if len(calls) == 3 and not cut:
+            cut.append(True)
             os.kill(os.getpid(), signal.SIGINT)
         return plain(*args, **options)
 
     monkeypatch.setattr(module, "token_logprobs", interrupted)
     with pytest.raises(Interrupted, match="what was scored is kept"):
-        run(tmp_path, make_policy, make_pairs)
-    done = len(calls)
-    resumed = run(tmp_path, make_policy, make_pairs, resume=True)
-    total = len(calls) - done
+        train(tmp_path / "cut", make_policy, make_pairs)
+    assert len(calls) == 3
     calls.clear()
-    whole = run(tmp_path / "whole", make_policy, make_pairs)
-    assert len(calls) == total + 3
+    resumed = train(tmp_path / "cut", make_policy, make_pairs, resume=True)
+    rest = len(calls)
+    calls.clear()
+    whole = train(tmp_path / "whole", make_policy, make_pairs)
+    assert len(calls) == rest + 3
     assert resumed.policy.weights_sha256() == whole.policy.weights_sha256()
 
 
@@ -203,27 +235,27 @@ def test_a_full_disk_stops_the_run_and_the_previous_checkpoint_goes_on(
 
     monkeypatch.setattr(module, "_sync", full)
     with pytest.raises(StorageError, match="disk is full") as caught:
-        run(tmp_path / "cut", make_policy, make_pairs)
+        train(tmp_path / "cut", make_policy, make_pairs)
     assert caught.value.exit_code == 5
     latest = load_latest(tmp_path / "cut" / "checkpoints")
     assert latest is not None and latest.step == 6
     monkeypatch.undo()
-    resumed = run(tmp_path / "cut", make_policy, make_pairs, resume=True)
-    whole = run(tmp_path / "whole", make_policy, make_pairs)
+    resumed = train(tmp_path / "cut", make_policy, make_pairs, resume=True)
+    whole = train(tmp_path / "whole", make_policy, make_pairs)
     assert resumed.policy.weights_sha256() == whole.policy.weights_sha256()
 
 
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(
     tmp_path: Path, make_policy: Callable, make_pairs: Callable
 ) -> None:
-    whole = run(tmp_path, make_policy, make_pairs)
+    whole = train(tmp_path, make_policy, make_pairs)
     newest = sorted((tmp_path / "checkpoints").iterdir())[-1]
     file = newest / "tensors.safetensors"
     file.write_bytes(file.read_bytes()[:-10])
     bus, seen = EventBus(), []
     bus.subscribe(seen.append)
     with use_bus(bus):
-        resumed = run(tmp_path, make_policy, make_pairs, resume=True)
+        resumed = train(tmp_path, make_policy, make_pairs, resume=True)
     assert "checkpoint_damaged" in [event.name for event in seen if isinstance(event, Alert)]
     assert resumed.policy.weights_sha256() == whole.policy.weights_sha256()
 
@@ -231,9 +263,9 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(
 def test_a_folder_with_a_run_is_not_overwritten(
     tmp_path: Path, make_policy: Callable, make_pairs: Callable
 ) -> None:
-    run(tmp_path, make_policy, make_pairs, steps=2)
+    train(tmp_path, make_policy, make_pairs, steps=2)
     with pytest.raises(BadInputError, match="already holds a run") as caught:
-        run(tmp_path, make_policy, make_pairs, steps=2)
+        train(tmp_path, make_policy, make_pairs, steps=2)
     assert "--resume" in caught.value.advice
 
 
@@ -248,17 +280,17 @@ def test_a_folder_with_a_run_is_not_overwritten(
 def test_other_settings_are_no_resume(
     tmp_path: Path, make_policy: Callable, make_pairs: Callable, change: dict, says: str
 ) -> None:
-    run(tmp_path, make_policy, make_pairs)
+    train(tmp_path, make_policy, make_pairs)
     with pytest.raises(BadInputError, match=says):
-        run(tmp_path, make_policy, make_pairs, resume=True, **change)
+        train(tmp_path, make_policy, make_pairs, resume=True, **change)
 
 
 def test_other_data_or_another_start_are_no_resume(
     tmp_path: Path, make_policy: Callable, make_pairs: Callable
 ) -> None:
-    run(tmp_path, make_policy, make_pairs)
+    train(tmp_path, make_policy, make_pairs)
     with pytest.raises(BadInputError, match=r"resume_mismatch.*data"):
-        run(tmp_path, make_policy, lambda n: make_pairs(n, seed=3), resume=True)
+        train(tmp_path, make_policy, lambda n: make_pairs(n, seed=3), resume=True)
 
     def moved() -> object:
         policy = make_policy()
@@ -267,18 +299,18 @@ def test_other_data_or_another_start_are_no_resume(
         return policy
 
     with pytest.raises(BadInputError, match=r"resume_mismatch.*start weights"):
-        run(tmp_path, moved, make_pairs, resume=True)
+        train(tmp_path, moved, make_pairs, resume=True)
 
 
 def test_another_number_of_threads_is_said(
     tmp_path: Path, make_policy: Callable, make_pairs: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run(tmp_path, make_policy, make_pairs, steps=2)
+    train(tmp_path, make_policy, make_pairs, steps=2)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
     bus, seen = EventBus(), []
     bus.subscribe(seen.append)
     with use_bus(bus):
-        run(tmp_path, make_policy, make_pairs, steps=2, resume=True)
+        train(tmp_path, make_policy, make_pairs, steps=2, resume=True)
     assert "threads_changed" in [event.name for event in seen if isinstance(event, Alert)]
 
 
