@@ -7,8 +7,10 @@ the conversation through its chat template. Sequences are sorted by length and b
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -19,6 +21,7 @@ from corrigible.rewards.config import RewardConfig
 from corrigible.rewards.texts import response_text, transcript
 
 if TYPE_CHECKING:
+    from corrigible.models import LanguagePolicy
     from corrigible.records import Message
 
 ENCODERS = ("minilm",)
@@ -243,22 +246,35 @@ def load_backbone(config: RewardConfig, *, device: str = "auto") -> Backbone:
 
     Raises:
         MissingError: the model is not on this machine (from `corrigible.models`).
+        BadInputError: LoRA on an encoder.
     """
-    if config.backbone in ENCODERS:
-        from corrigible.models import load_encoder
+    from corrigible.models import load_encoder, load_policy
 
+    if is_encoder(config.backbone):
+        if config.tune == "lora":
+            raise BadInputError("LoRA is for causal backbones.", advice='Use tune="full" with an encoder.')
         encoder = load_encoder(config.backbone, device=device)
         return Backbone(config.backbone, encoder.model, encoder.tokenizer, kind="encoder")
-    from corrigible.models import load_policy
-
     policy = load_policy(config.backbone, device=device, dtype="float32")
     if config.tune == "lora":
         policy.add_lora(rank=config.lora_rank, alpha=2 * config.lora_rank, seed=config.seed)
     return causal_backbone(config.backbone, policy)
 
 
-def causal_backbone(name: str, policy: Any) -> Backbone:
+def is_encoder(name: str) -> bool:
+    """Whether a backbone's name is an encoder: a known one, or a folder whose model is no causal one."""
+    description = Path(name) / "config.json"
+    if name in ENCODERS or not description.is_file():
+        return name in ENCODERS
+    try:
+        architectures = json.loads(description.read_text(encoding="utf-8")).get("architectures") or []
+    except (ValueError, AttributeError) as error:
+        raise BadInputError(f"{description} is not a model description: {error}.") from error
+    return not any(str(entry).endswith("ForCausalLM") for entry in architectures)
+
+
+def causal_backbone(name: str, policy: LanguagePolicy) -> Backbone:
     """A `LanguagePolicy` read at its hidden states (its output matrix is not used)."""
-    model = policy.model.get_base_model() if hasattr(policy.model, "peft_config") else policy.model
-    inner = getattr(model, model.base_model_prefix)
+    network = policy.network
+    inner = getattr(network, network.base_model_prefix)
     return Backbone(name, inner, policy.tokenizer, kind="causal", renderer=policy.renderer, policy=policy)

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from corrigible.store.pairs import Pair
 
 Floats = NDArray[np.float64]
-PENALTIES = (0.03, 0.3, 3.0)  # scikit-learn's C
+SETTINGS: tuple[tuple[str | None, float], ...] = (("l2", 0.3), ("l2", 0.03), (None, 0.3), (None, 0.03))
+"""Normalisation and scikit-learn's C of the TF-IDF baseline, grouped by normalisation."""
 
 
 def _sides(pairs: Sequence[Pair]) -> tuple[list[str], list[str]]:
@@ -35,21 +36,29 @@ def _length_features(texts: Sequence[str]) -> Floats:
 
 
 def _fit(difference: Any, pairs: Sequence[Pair], penalty: float) -> Any:
-    from scipy.sparse import issparse, vstack
+    """Logistic regression of "the first side wins" without an intercept.
+
+    A row and its mirror (sides swapped, label changed) have the same loss, so showing every pair in both
+    orders is the same as turning every other pair round, at half the cost; p of the votes on a pair say
+    one label and 1 - p the other.
+    """
+    from scipy.sparse import diags_array, issparse, vstack
     from sklearn.linear_model import LogisticRegression
 
     p = np.array([pair.p_chosen for pair in pairs])
     weight = np.array([pair.weight for pair in pairs])
-    both = vstack([difference, -difference]) if issparse(difference) else np.vstack([difference, -difference])
-    label = np.r_[np.ones(len(pairs)), np.zeros(len(pairs))]
-    # In each row "the first side wins": p of the votes say so for (chosen, rejected), and the same p say
-    # it does not for (rejected, chosen). The 1 - p other votes are the same two rows with labels changed.
-    rows = vstack([both, both]) if issparse(both) else np.vstack([both, both])
-    labels = np.r_[label, 1 - label]
-    weights = np.r_[p * weight, p * weight, (1 - p) * weight, (1 - p) * weight]
+    turn = np.where(np.arange(len(pairs)) % 2 == 0, 1.0, -1.0)
+    rows = diags_array(turn) @ difference if issparse(difference) else turn[:, None] * difference
+    first = turn > 0
+    both = vstack([rows, rows]).tocsr() if issparse(rows) else np.vstack([rows, rows])
+    labels = np.r_[first, ~first]
+    weights = np.r_[p * weight, (1 - p) * weight]
     keep = weights > 0
+    if len(set(labels[keep])) < 2:  # a single pair: show it in both orders after all
+        both = vstack([both, -both]).tocsr() if issparse(both) else np.vstack([both, -both])
+        labels, weights, keep = np.r_[labels, ~labels], np.r_[weights, weights], np.r_[keep, keep]
     model = LogisticRegression(C=penalty, fit_intercept=False, max_iter=1000)
-    return model.fit(rows[keep], labels[keep], sample_weight=weights[keep] / weights[keep].mean())
+    return model.fit(both[keep], labels[keep], sample_weight=weights[keep] / weights[keep].mean())
 
 
 def length_margins(train: Sequence[Pair], test: Sequence[Pair], *, by: str = "auto") -> Floats:
@@ -71,46 +80,57 @@ def length_margins(train: Sequence[Pair], test: Sequence[Pair], *, by: str = "au
 def tfidf_margins(train: Sequence[Pair], test: Sequence[Pair], *, by: str = "auto") -> Floats:
     """(n_test,) log-odds for the chosen side from TF-IDF of words and word pairs of the responses.
 
-    The penalty is the best of three in 3-fold validation with the split rule ``by`` inside the training
-    pairs (the middle one when these are too few to split).
+    Penalty and row normalisation (unit length, or not, which lets length through) are the best of four in
+    2-fold validation with the split rule ``by`` inside the training pairs; the first of them when these
+    are too few to split.
     """
     if not train or not test:
         raise BadInputError("a baseline needs pairs on both sides.", advice="Use a smaller held-out share.")
+    setting = SETTINGS[0]
+    try:
+        inner = list(folds(train, 2, by=resolve_rule(train, by)))
+    except BadInputError:
+        inner = []
+    if inner:
+        losses = np.zeros(len(SETTINGS))
+        for part in inner:
+            p = np.array([pair.p_chosen for pair in part.held_out])
+            w = np.array([pair.weight for pair in part.held_out])
+            for place, m in enumerate(_tfidf(part.train, part.held_out, SETTINGS)):
+                losses[place] += float((w * (p * np.logaddexp(0, -m) + (1 - p) * np.logaddexp(0, m))).sum())
+        setting = SETTINGS[int(losses.argmin())]
+    return _tfidf(train, test, [setting])[0]
 
-    def margins(fit_on: Sequence[Pair], score_on: Sequence[Pair], penalties: Sequence[float]) -> list[Floats]:
-        from sklearn.feature_extraction.text import TfidfVectorizer
 
-        chosen, rejected = _sides(fit_on)
-        texts = sorted({*chosen, *rejected})
+def _tfidf(
+    train: Sequence[Pair], test: Sequence[Pair], settings: Sequence[tuple[str | None, float]]
+) -> list[Floats]:
+    """Margins on ``test`` for each (normalisation, penalty)."""
+    from sklearn.feature_extraction.text import TfidfVectorizer
+
+    ours, theirs = _sides(train), _sides(test)
+    texts = sorted({*ours[0], *ours[1]})
+    margins = []
+    for norm in dict.fromkeys(norm for norm, _ in settings):
         vectorizer = TfidfVectorizer(
             ngram_range=(1, 2),
             sublinear_tf=True,
             min_df=2 if len(texts) >= 20 else 1,
             token_pattern=r"(?u)\b\w+\b|[?!]",
+            norm=norm,
         )
         try:
-            vectorizer.fit(texts)
+            rows = vectorizer.fit_transform(texts)
         except ValueError:  # no word occurs at all, or none twice: nothing to go by
-            return [np.zeros(len(score_on)) for _ in penalties]
-        difference = vectorizer.transform(chosen) - vectorizer.transform(rejected)
-        other = _sides(score_on)
-        held = vectorizer.transform(other[0]) - vectorizer.transform(other[1])
-        return [np.asarray(held @ _fit(difference, fit_on, c).coef_[0]) for c in penalties]
-
-    penalty = PENALTIES[len(PENALTIES) // 2]
-    try:
-        inner = list(folds(train, 3, by=resolve_rule(train, by)))
-    except BadInputError:
-        inner = []
-    if inner:
-        losses = np.zeros(len(PENALTIES))
-        for part in inner:
-            p = np.array([pair.p_chosen for pair in part.held_out])
-            w = np.array([pair.weight for pair in part.held_out])
-            for place, m in enumerate(margins(part.train, part.held_out, PENALTIES)):
-                losses[place] += float((w * (p * np.logaddexp(0, -m) + (1 - p) * np.logaddexp(0, m))).sum())
-        penalty = PENALTIES[int(losses.argmin())]
-    return margins(train, test, [penalty])[0]
+            return [np.zeros(len(test)) for _ in settings]
+        scale = float(np.sqrt(rows.multiply(rows).sum(axis=1).mean())) or 1.0
+        known, held = (
+            (vectorizer.transform(sides[0]) - vectorizer.transform(sides[1])) / scale
+            for sides in (ours, theirs)
+        )
+        for penalty in (penalty for other, penalty in settings if other == norm):
+            margins.append(np.asarray(held @ _fit(known, train, penalty).coef_[0], dtype=np.float64))
+    return margins
 
 
 BASELINES: dict[str, Callable[..., Floats]] = {"length": length_margins, "tfidf": tfidf_margins}

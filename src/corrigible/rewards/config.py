@@ -18,7 +18,7 @@ class RewardConfig:
     """How a reward model reads, scores and learns.
 
     Attributes:
-        backbone: "minilm" (a sentence encoder), or a causal language model that
+        backbone: "minilm" or the folder of another sentence encoder, or a causal language model that
             `corrigible.models.load_policy` knows ("smollm2-135m", a folder, a hub id).
         tune: "frozen" (a linear head on fixed features: a convex fit, the same every time), "full" (every
             backbone weight) or "lora" (adapters; causal backbones).
@@ -115,6 +115,14 @@ class RewardConfig:
         if not 0 <= self.validation < 1 or self.folds < 2:
             raise BadInputError("validation must lie in [0, 1) and folds be at least 2.")
 
+    @staticmethod
+    def preset(backbone: str) -> dict[str, Any]:
+        """Settings that suit a backbone where they differ from the defaults ("" is the default backbone)."""
+        if backbone in ("", "minilm"):
+            return {}
+        # A causal model's last token has seen everything before it.
+        return {"text": "prompt+response", "pooling": "last"}
+
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
@@ -128,5 +136,5 @@ class RewardConfig:
                 f"unknown setting(s) {', '.join(unknown)} of a reward model.",
                 advice=f"The settings are {', '.join(sorted(known))}.",
             )
-        lists = {key: tuple(value) if isinstance(value, list) else value for key, value in data.items()}
+        lists: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
         return cls(**lists)

@@ -96,7 +96,7 @@ def fit_linear(z: Tensor, data: Comparisons, penalty: float, start: Tensor | Non
         total.backward()  # type: ignore[no-untyped-call]
         return total
 
-    optimizer.step(closure)  # type: ignore[no-untyped-call, arg-type]
+    optimizer.step(closure)  # type: ignore[no-untyped-call]
     fitted = weight.detach()
     if not bool(torch.isfinite(fitted).all()):
         raise NumericsError("the linear head diverged.", advice="Check the features for extreme values.")
@@ -155,7 +155,7 @@ def bootstrap_members(
     ``units`` (n,) says which independent unit each comparison belongs to.
     """
     rng = np.random.default_rng(seed)
-    heads = []
+    heads: list[Tensor] = []
     size = int(units.max()) + 1
     while len(heads) < count:
         times = np.bincount(rng.integers(size, size=size), minlength=size)[units].astype(np.float64)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -22,7 +23,6 @@ from corrigible.rewards.intervals import FEW_CLUSTERS, Estimate, cluster_bootstr
 from corrigible.rewards.splits import Split, clusters, folds, resolve_rule, subset
 
 if TYPE_CHECKING:
-    from corrigible.rewards.backbones import Backbone
     from corrigible.rewards.table import FeatureTable
     from corrigible.store.pairs import Pair
 
@@ -177,6 +177,7 @@ def reward_report(
     *,
     train_pairs: Sequence[Pair] = (),
     by: str = "auto",
+    dropped: int = 0,
     learning_curve: Sequence[CurvePoint] = (),
     seed: int = 0,
 ) -> RewardReport:
@@ -191,6 +192,7 @@ def reward_report(
         fitted,
         by=by,
         n_train=len(train_pairs),
+        dropped=dropped,
         learning_curve=learning_curve,
         seed=seed,
     )
@@ -204,6 +206,7 @@ def learning_curve(
     table: FeatureTable | None = None,
     full: Floats | None = None,
     device: str = "auto",
+    work_dir: str | Path | None = None,
     seed: int = 0,
 ) -> list[CurvePoint]:
     """Held-out accuracy after training on nested shares of the training units.
@@ -212,6 +215,7 @@ def learning_curve(
         parts: the split; every point is tested on the same held-out pairs.
         table: features of a frozen backbone, so that nothing is read twice.
         full: held-out margins of the model trained on everything, when it is there already.
+        work_dir: where a killed run goes on from (see `fit_reward`).
 
     Shares that leave fewer than four pairs, or only ties, are left out.
     """
@@ -222,7 +226,7 @@ def learning_curve(
             margins = full
         else:
             try:
-                margins = _fit_and_score(chosen, parts.held_out, config, parts.by, table, None, device)
+                margins = _fit_and_score(chosen, parts.held_out, config, parts.by, table, device, work_dir)
             except BadInputError:
                 continue
         points.append(
@@ -237,12 +241,12 @@ def _fit_and_score(
     config: RewardConfig,
     by: str,
     table: FeatureTable | None,
-    backbone: Backbone | None,
     device: str,
+    work_dir: str | Path | None,
 ) -> Floats:
     from corrigible.rewards.training import fit_reward, table_margins
 
-    model = fit_reward(train, config=config, by=by, table=table, backbone=backbone, device=device)
+    model = fit_reward(train, config=config, by=by, table=table, device=device, work_dir=work_dir)
     return table_margins(model, table, test) if table is not None else model.margins(test)
 
 
@@ -254,11 +258,12 @@ def cross_validated(
     by: str = "auto",
     table: FeatureTable | None = None,
     device: str = "auto",
+    work_dir: str | Path | None = None,
     seed: int = 0,
 ) -> RewardReport:
     """The report over k folds: every unit is tested once by a model that has not seen it.
 
-    A tuned backbone is loaded afresh for every fold.
+    A tuned backbone is loaded afresh for every fold; ``work_dir`` is where a killed run goes on from.
     """
     tested: list[Pair] = []
     margins: list[Floats] = []
@@ -270,7 +275,7 @@ def cross_validated(
         tested.extend(part.held_out)
         trained.append(len(part.train))
         dropped += part.dropped
-        margins.append(_fit_and_score(part.train, part.held_out, config, rule, table, None, device))
+        margins.append(_fit_and_score(part.train, part.held_out, config, rule, table, device, work_dir))
         for name, fit in BASELINES.items():
             baselines[name].append(fit(part.train, part.held_out, by=rule))
     return report_margins(

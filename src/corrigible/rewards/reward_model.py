@@ -304,15 +304,15 @@ def restore_state(backbone: Backbone, state: dict[str, Tensor]) -> None:
 
 def _episode_example(episode: Episode) -> Example | None:
     """The conversation before the last assistant message, and that message; None without text."""
+    from corrigible.records import Message
+
     messages: list[Message] = []
     for step in episode.steps:
-        if not isinstance(step.observation, tuple) or not hasattr(step.action, "role"):
-            return None
-        for message in step.observation:
-            if not hasattr(message, "role"):
+        said = (*step.observation, step.action) if isinstance(step.observation, tuple) else (step.action,)
+        for message in said:
+            if not isinstance(message, Message):
                 return None
             messages.append(message)
-        messages.append(step.action)
     if not messages or messages[-1].role != "assistant":
         return None
     example = Example(tuple(messages[:-1]), (messages[-1],))
