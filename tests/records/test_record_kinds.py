@@ -237,7 +237,7 @@ def test_number_and_type_of_targets(kind: str) -> None:
     other = target("something else", "rule" if model.target_types else given[0].type, episode="other")
     if model.max_targets is not None:
         extra = [target(f"extra {i}", given[0].type, episode="x") for i in range(model.max_targets)]
-        with pytest.raises(BadInputError, match=r"takes|does not fit"):
+        with pytest.raises(BadInputError, match=r"takes|does not fit|is a verdict"):
             make(kind, targets=[*given, *extra])
     if model.target_types:
         with pytest.raises(BadInputError, match="is about"):
