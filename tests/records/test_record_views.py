@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from record_examples import PAYLOADS, make, sha, target
 
 from corrigible.errors import BadInputError
-from corrigible.records import Annotator, Consent, Feedback, new_id
+from corrigible.records import Annotator, Consent, Feedback
 from corrigible.records.views import (
     VIEWS,
     Reading,
@@ -322,4 +322,3 @@ def test_a_correction_takes_the_place_of_what_it_supersedes() -> None:
 def test_unknown_views_are_refused_by_name() -> None:
     with pytest.raises(BadInputError, match="ranking->pairs"):
         project([], "ranking->gold")
-    assert new_id() < new_id()

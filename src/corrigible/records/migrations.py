@@ -60,7 +60,12 @@ def migrate(value: Mapping[str, Any]) -> dict[str, Any]:
             advice="Upgrade corrigible, or export the record from the release that wrote it.",
         )
     while version < CURRENT[schema]:
-        record = MIGRATIONS[schema, version](record)
+        try:
+            record = MIGRATIONS[schema, version](record)
+        except BadInputError:
+            raise
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise BadInputError(f"this {name} record is malformed: {error}.") from None
         version += 1
         record["schema_version"] = f"corrigible/{schema}@{version}"
     return record
