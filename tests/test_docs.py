@@ -83,6 +83,10 @@ def test_commands_that_are_written_about_exist() -> None:
         for word in rest:
             if word.startswith("-"):
                 assert word in known, f"{' '.join(words)} has no {word}"
+        if "--help" not in rest and not line[-1].endswith("\\"):
+            for parameter in COMMANDS[words].params:
+                if parameter.required and parameter.param_type_name == "option":
+                    assert {*parameter.opts} & {*rest}, f"{' '.join(words)} needs {parameter.opts[0]}"
 
 
 def test_every_record_kind_is_documented(made: dict[str, str]) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import typer
+from rich.text import Text
 from typer.testing import CliRunner
 
 from corrigible import errors
@@ -210,8 +211,9 @@ def test_an_unknown_tracker_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_examples_escape_markup() -> None:
-    shown = examples("# a caption", "pip install 'corrigible[dev]'")
+    shown = examples("# a caption", "pip install 'corrigible[dev]'", "corrigible x \\", "--y")
     assert "\\[dev]" in shown and "[dim]# a caption[/]" in shown
+    assert Text.from_markup(shown).plain.splitlines()[-2:] == ["  corrigible x \\", "  --y"]
 
 
 def test_ask_takes_the_default_when_nobody_can_answer(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,8 +23,13 @@ from corrigible.cli import console as _console
 from corrigible.cli.console import error_console, examples, print_json
 from corrigible.errors import BadInputError, CorrigibleError, Interrupted, StorageError
 
-# In the order of --help, which is the order of the loop.
 MODULES = ("demo", "data", "generate", "judge", "train", "evaluate", "policies", "claims", "doctor")
+
+# The order of --help: that of the loop.
+ORDER = (
+    *("demo", "import", "export", "show", "generate", "judge", "train", "evaluate"),
+    *("policies", "lineage", "promote", "claims", "doctor"),
+)
 
 EXIT_CODES = {
     0: "done",
@@ -77,6 +82,11 @@ def as_corrigible_error(error: BaseException) -> CorrigibleError | None:
 
 class _Group(TyperGroup):
     """The root command: whatever a command raises becomes a message, advice and an exit code."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        # typer alone would put the groups (train, claims) last.
+        order = [name for name in ORDER if name in self.commands]
+        return order + [name for name in self.commands if name not in order]
 
     def parse_args(self, ctx: Any, args: list[str]) -> Any:
         ctx.meta["corrigible.json"] = "--json" in args

@@ -51,7 +51,9 @@ def examples(*lines: str) -> str:
     Takes several strings or one of several lines; a line that starts with ``#`` is a caption.
     """
     shown = [line.strip() for text in lines for line in text.strip().splitlines() if line.strip()]
-    marked = [f"[dim]{escape(line)}[/]" if line.startswith("#") else f"  {escape(line)}" for line in shown]
+    # rich doubles a backslash at the very end; one before a line break is a continuation and stays.
+    safe = [escape(f"{line}\n")[:-1] for line in shown]
+    marked = [f"[dim]{line}[/]" if line.startswith("#") else f"  {line}" for line in safe]
     return "\n".join(["[bold]Examples[/]", *marked])
 
 
