@@ -43,6 +43,7 @@ _READER = re.compile(r"\b(?:you|your|yours|yourself)\b", re.IGNORECASE)
 _FILLER = re.compile(
     r"""\W*(?:
         sure\b | certainly\b | of\ course\b | absolutely\b | definitely\b | great\b | good\ question
+      | that['’]s\ an?\ \w+\ question
       | what\ an?\b | thank(?:s|\ you)\b | hello\b | hi\b | hey\b | okay\b | ok\b | well, | so,
       | i\b | i['’](?:m|d|ve|ll)\b | as\ an?\ (?:ai|language\ model|assistant)\b | my\b
       | here(?:['’]s|\ is|\ are)\b | to\ answer\ (?:this|your|the)\b | the\ answer\ (?:is|to)\b
@@ -97,8 +98,8 @@ class HouseStyle:
     friendly: float = 0.25
     plain: float = 0.10
     on_topic: float = 0.10
-    brief_words: int = 30
-    long_words: int = 80
+    brief_words: int = 20
+    long_words: int = 60
     address_every: int = 25
     name: str = field(default="house-style", compare=False)
 

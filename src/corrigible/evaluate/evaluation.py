@@ -170,6 +170,7 @@ def evaluate_policy(
     sampling: Sampling | None = None,
     seed: int = 0,
     names: tuple[str, str] = ("candidate", "baseline"),
+    versions: tuple[str, str] | None = None,
     keep: str | Path | None = None,
     measure_kl: bool = True,
     level: float = 0.95,
@@ -179,6 +180,8 @@ def evaluate_policy(
     Args:
         baseline: None means the candidate without its adapter: nothing is loaded twice.
         sampling: default plain sampling of up to 128 tokens, which the divergence needs to be exact.
+        names, versions: what the two are called, and the policy version ids written into their
+            episodes (default: the names).
         keep: directory in which episodes are kept as they come; the same call goes on from them.
         measure_kl: also measure the divergence of the candidate from the baseline.
 
@@ -187,7 +190,7 @@ def evaluate_policy(
     """
     settings = sampling or Sampling(max_tokens=128)
     sides: dict[str, list[Episode]] = {}
-    for side, name in zip(("candidate", "baseline"), names, strict=True):
+    for side, name, version in zip(("candidate", "baseline"), names, versions or names, strict=True):
         policy = candidate if side == "candidate" or baseline is None else baseline
         off = side == "baseline" and baseline is None
         with policy.adapter_disabled() if off else nullcontext():
@@ -197,7 +200,7 @@ def evaluate_policy(
                 n=n,
                 sampling=settings,
                 seed=seed,
-                policy_version=name,
+                policy_version=version,
                 variant="adapter disabled" if off else "",
                 task="evaluate",
                 keep=None if keep is None else Path(keep) / f"{side}.jsonl",
