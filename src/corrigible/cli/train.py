@@ -85,13 +85,17 @@ def dpo(
         512, "--max-length", min=8, help="Longest prompt and response, in tokens."
     ),
     limit: int = typer.Option(
-        0, "--limit", min=0, help="Use about this many pairs, drawn in whole groups.", show_default=False
+        0,
+        "--limit",
+        min=0,
+        help="Train on this many pairs at most, drawn at random after the split.",
+        show_default=False,
     ),
     held_out: float = typer.Option(
         0.2, "--held-out", min=0, max=0.9, help="Share of the pairs to test on; 0 for none."
     ),
     eval_limit: int = typer.Option(
-        200, "--eval-limit", min=1, help="Test on about this many held-out pairs at most."
+        200, "--eval-limit", min=1, help="Test on this many held-out pairs at most."
     ),
     split: str = typer.Option(
         "auto", "--split", help="What must not be on both sides: auto, prompt, topic or item. Never rows."
@@ -187,19 +191,23 @@ class _Sides(NamedTuple):
 
 
 def _sides(pairs: Sequence[Pair], by: str, held_out: float, limit: int, eval_limit: int, seed: int) -> _Sides:
-    """What to train on and what to test on (nothing when nothing is held out), in whole groups."""
-    from corrigible.rewards.splits import resolve_rule, split, subset
+    """What to train on and what to test on (nothing when nothing is held out), split in whole groups."""
+    from corrigible.rewards.splits import resolve_rule, split
 
     rule = resolve_rule(pairs, by)
-    if limit and limit < len(pairs):
-        pairs = subset(pairs, limit / len(pairs), by=rule, seed=seed)
     if not held_out:
-        return _Sides(pairs, (), rule)
+        return _Sides(_some(pairs, limit, seed), (), rule)
     parts = split(pairs, by=rule, held_out=held_out, seed=seed)
-    test: Sequence[Pair] = parts.held_out
-    if len(test) > eval_limit:
-        test = subset(test, eval_limit / len(test), by=rule, seed=seed)
-    return _Sides(parts.train, test, rule)
+    return _Sides(_some(parts.train, limit, seed), _some(parts.held_out, eval_limit, seed), rule)
+
+
+def _some(pairs: Sequence[Pair], limit: int, seed: int) -> Sequence[Pair]:
+    """At most ``limit`` pairs (0: all) from all groups of a side; a smaller draw is part of a larger one."""
+    import numpy as np
+
+    if not limit or limit >= len(pairs):
+        return pairs
+    return [pairs[i] for i in sorted(np.random.default_rng(seed).permutation(len(pairs))[:limit])]
 
 
 def _length_only(sides: _Sides) -> Estimate:
