@@ -80,11 +80,11 @@ def test_a_reader_skips_nothing_while_processes_write(url: str, tmp_path: Path) 
 
 def test_records_of_two_bulk_writers_at_once_are_all_there(url: str, tmp_path: Path) -> None:
     Store.open(url).close()
-    processes = [SPAWN.Process(target=write_batches, args=(url, tmp_path, w, 1, 6000)) for w in range(2)]
+    processes = [SPAWN.Process(target=write_batches, args=(url, tmp_path, w, 1, 4500)) for w in range(2)]
     for process in processes:
         process.start()
     for process in processes:
         process.join(120)
     assert [process.exitcode for process in processes] == [0, 0]
     with Store.open(url) as store:
-        assert store.count_feedback() == 12_000
+        assert store.count_feedback() == 9000

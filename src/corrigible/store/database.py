@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import sqlite3
 import time
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from sqlalchemy import URL, Connection, Engine, create_engine, event, inspect, make_url
-from sqlalchemy.exc import ArgumentError, DBAPIError
+from sqlalchemy.exc import ArgumentError
 
 from corrigible.errors import BadInputError, MissingError, StorageError
 from corrigible.store.faults import shown, translated
@@ -164,25 +165,20 @@ def _use_wal(engine: Engine, timeout: float) -> None:
     # without calling the busy handler, so the waiting is done here.
     deadline = time.monotonic() + timeout
     while True:
-        connection = engine.raw_connection()
         try:
-            cursor = connection.cursor()
-            cursor.execute("PRAGMA journal_mode")
-            if cursor.fetchone() != ("wal",):
-                cursor.execute("PRAGMA journal_mode = WAL")
-            return
-        except engine.dialect.loaded_dbapi.OperationalError as error:
+            connection = engine.raw_connection()
+            try:
+                cursor = connection.cursor()
+                cursor.execute("PRAGMA journal_mode")
+                if cursor.fetchone() != ("wal",):
+                    cursor.execute("PRAGMA journal_mode = WAL")
+                return
+            finally:
+                connection.close()
+        except sqlite3.OperationalError as error:
             if "locked" not in str(error) or time.monotonic() > deadline:
-                raise DBAPIError.instance(
-                    "PRAGMA journal_mode = WAL", {}, error, engine.dialect.loaded_dbapi.Error
-                ) from error
+                raise
             time.sleep(0.05)
-        except engine.dialect.loaded_dbapi.DatabaseError as error:
-            raise DBAPIError.instance(
-                "PRAGMA journal_mode = WAL", {}, error, engine.dialect.loaded_dbapi.Error
-            ) from error
-        finally:
-            connection.close()
 
 
 def _revision(connection: Connection, url: URL) -> str | None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import re
+import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -50,6 +52,11 @@ _POSTGRES = {
     "57": ("went away: the server is stopping or stopped", _GONE),
     "08": ("went away: the connection broke", _GONE),
 }
+_WORDS = {
+    r"database .* does not exist": "3D000",
+    r"authentication failed|no password supplied|role .* does not exist|pg_hba": "28",
+    r"too many clients|connection slots": "53300",
+}
 
 
 def shown(url: URL) -> str:
@@ -72,13 +79,16 @@ def translated(url: URL) -> Iterator[None]:
     """
     try:
         yield
-    except CorrigibleError:
-        raise
     except DBAPIError as error:
-        raise _explained(error, shown(url)) from error
+        raise _explained(error.orig or error, shown(url)) from error
     except InvalidRequestError as error:
         # A pooled transaction whose connection was lost underneath it.
         raise StorageError(f"The store {shown(url)} went away.", advice=_GONE) from error
+    except Exception as error:
+        # The drivers' own errors, from where they are used without SQLAlchemy: setting up, COPY.
+        if not (isinstance(error, sqlite3.Error) or hasattr(error, "sqlstate")):
+            raise
+        raise _explained(error, shown(url)) from error
 
 
 def disk_error(error: OSError, where: str | Path) -> StorageError:
@@ -88,31 +98,29 @@ def disk_error(error: OSError, where: str | Path) -> StorageError:
     return StorageError(f"Cannot read or write {where}: {error.strerror or error}.", advice=_READ_ONLY)
 
 
-def _explained(error: DBAPIError, name: str) -> CorrigibleError:
-    origin = error.orig
+def _explained(origin: BaseException, name: str) -> CorrigibleError:
     sqlite_name = getattr(origin, "sqlite_errorname", None)
     if isinstance(sqlite_name, str):
         primary = "_".join(sqlite_name.split("_")[:2])
         if primary in _SQLITE:
             what, advice = _SQLITE[primary]
             return StorageError(f"The store {name} {what}.", advice=advice)
-    state = getattr(origin, "sqlstate", None)
-    if isinstance(state, str):
-        for code in (state, state[:2]):
-            if code in _POSTGRES:
-                what, advice = _POSTGRES[code]
-                return StorageError(f"The store {name} {what}.", advice=advice)
-    text = str(origin)
+    text = str(origin).strip()
+    state = getattr(origin, "sqlstate", None) or _state_of(text)
+    for code in (state, state[:2]):
+        if code in _POSTGRES:
+            what, advice = _POSTGRES[code]
+            return StorageError(f"The store {name} {what}.", advice=advice)
     if "NUL" in text or "0x00" in text:
         return BadInputError(
             "An id, name or task contains a NUL character, which PostgreSQL cannot hold.",
             advice="Remove it from the input.",
         )
-    if "does not exist" in text and "database" in text:
-        what, advice = _POSTGRES["3D000"]
-        return StorageError(f"The store {name} {what}.", advice=advice)
-    if error.connection_invalidated or (state is None and "connection" in text.lower()):
-        return StorageError(f"The store {name} cannot be reached: {text.strip()}", advice=_GONE)
-    return StorageError(
-        f"The store {name} refused: {text.strip()}", advice="Nothing of this call was stored."
-    )
+    if "connection" in text:
+        return StorageError(f"The store {name} cannot be reached: {text}", advice=_GONE)
+    return StorageError(f"The store {name} refused: {text}", advice="Nothing was stored.")
+
+
+def _state_of(text: str) -> str:
+    """The SQLSTATE of a refused connection, for which the driver has only the server's words."""
+    return next((state for pattern, state in _WORDS.items() if re.search(pattern, text)), "")

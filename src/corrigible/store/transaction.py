@@ -17,7 +17,6 @@ from typing import Any, Literal, TypeVar
 
 from sqlalchemy import Column, Connection, Table, insert, select, update
 from sqlalchemy.dialects import postgresql, sqlite
-from sqlalchemy.exc import DBAPIError
 
 from corrigible.errors import BadInputError
 from corrigible.records import Episode, Feedback, Item, PolicyVersion, Record, now_us
@@ -251,14 +250,9 @@ class Transaction:
             return
         statement = f'COPY "{table.name}" ({columns}) FROM STDIN'
         driver: Any = self._connection.connection.driver_connection
-        try:
-            with driver.cursor() as cursor, cursor.copy(statement) as copy:
-                for row in rows:
-                    copy.write_row(row)
-        except self._connection.dialect.loaded_dbapi.Error as error:
-            # COPY goes past SQLAlchemy, so its errors are wrapped here like all others.
-            dbapi_error = self._connection.dialect.loaded_dbapi.Error
-            raise DBAPIError.instance(statement, {}, error, dbapi_error) from error
+        with driver.cursor() as cursor, cursor.copy(statement) as copy:
+            for row in rows:
+                copy.write_row(row)
 
     def _mark(self, feedback_id: str, status: str, by: str | None, reason: str | None) -> None:
         dialect = sqlite if self._connection.dialect.name == "sqlite" else postgresql
