@@ -296,11 +296,12 @@ class _EpisodeLog:
 
     def read(self) -> list[Episode]:
         """The whole chunks that are there; a torn tail is cut off."""
-        if not self.path.exists() or not self.path.stat().st_size:
+        text = self.path.read_text(encoding="utf-8", errors="replace") if self.path.exists() else ""
+        first, *rest = text.split("\n")
+        if not rest:  # new, or killed before its first line was whole
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.path.write_text(self.belongs_to + "\n", encoding="utf-8")
             return []
-        first, *rest = self.path.read_text(encoding="utf-8", errors="replace").split("\n")
         if first != self.belongs_to:
             raise BadInputError(
                 f"{self.path} holds answers of another policy, other prompts or other settings",

@@ -85,6 +85,29 @@ def test_versions_of_a_store_and_answers_into_it(adapter: Path, prompts: Path, t
         assert len(list(store.episodes(policy=store.policy("v2").id))) == 4
 
 
+def test_a_learned_reward_decides_and_gold_stands_beside_it(
+    adapter: Path, prompts: Path, tmp_path: Path
+) -> None:
+    from corrigible.records import Annotator, comparison
+    from corrigible.rewards import RewardConfig, fit_reward
+    from corrigible.store import load_pairs
+
+    kim = Annotator(pseudonym="kim", type="human")
+    with Store.open(tmp_path / "pairs.db") as store:
+        for i in range(24):
+            record, items = comparison(f"q{i}", f"zzz {i}", f"aa {i}", annotator=kim)
+            store.add_feedback([record], items)
+        pairs = load_pairs(store)
+    reward = tmp_path / "reward"
+    fit_reward(pairs, config=RewardConfig(backbone="tiny-random", text="response")).save(reward)
+    judges = ("--judge", f"reward:{reward}", "--judge", "gold")
+    code, text, errors = run("--candidate", adapter, "--prompts", prompts, *judges, "--json", *FAST)
+    assert code == 0, errors
+    found = json.loads(text)
+    assert list(found["win_rates"]) == list(found["scores"]) == [f"reward:{reward}", "gold"]
+    assert found["win_rate"] == found["win_rates"][f"reward:{reward}"]["value"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "says"),
     [
