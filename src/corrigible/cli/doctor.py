@@ -77,24 +77,29 @@ def _cpu_flags() -> tuple[frozenset[str], str]:
 
 
 def matmul_rates(seconds: float = 0.25, size: int = 256) -> dict[str, float]:
-    """Measured rate of a ``(size, size)`` matrix product, in GFLOP/s, for float32 and bfloat16.
+    """Measured rate of a ``(size, size)`` matrix product on one core, in GFLOP/s, for float32 and bfloat16.
 
     The matrix is small on purpose: where bfloat16 is emulated it is about a hundred times slower
-    than float32, and a larger product would take minutes to say so. The fastest of the products
-    that fit into ``seconds`` counts: the machine may be doing other things.
+    than float32, and a larger product would take minutes to say so. One core, and the fastest of
+    the products that fit into ``seconds``: on a busy machine threads that wait for each other
+    measure the waiting.
     """
     import torch
 
-    rates = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        matrix = torch.ones(size, size, dtype=dtype)
-        matrix @ matrix  # the first call sets the library up
-        fastest, start = float("inf"), time.perf_counter()
-        while fastest == float("inf") or time.perf_counter() - start < seconds:
-            before = time.perf_counter()
-            matrix @ matrix
-            fastest = min(fastest, time.perf_counter() - before)
-        rates[str(dtype).removeprefix("torch.")] = 2 * size**3 / fastest / 1e9
+    threads, rates = torch.get_num_threads(), {}
+    torch.set_num_threads(1)
+    try:
+        for dtype in (torch.float32, torch.bfloat16):
+            matrix = torch.ones(size, size, dtype=dtype)
+            matrix @ matrix  # the first call sets the library up
+            fastest, start = float("inf"), time.perf_counter()
+            while fastest == float("inf") or time.perf_counter() - start < seconds:
+                before = time.perf_counter()
+                matrix @ matrix
+                fastest = min(fastest, time.perf_counter() - before)
+            rates[str(dtype).removeprefix("torch.")] = 2 * size**3 / fastest / 1e9
+    finally:
+        torch.set_num_threads(threads)
     return rates
 
 
@@ -109,7 +114,7 @@ def arithmetic() -> Check:
     return Check(
         "arithmetic",
         "ok",
-        ", ".join(f"{name} {rate:.3g} GFLOP/s" for name, rate in rates.items()),
+        ", ".join(f"{name} {rate:.3g} GFLOP/s a core" for name, rate in rates.items()),
         f'On the CPU, dtype="auto" uses {chosen}.',
         facts={**{name: round(rate, 2) for name, rate in rates.items()}, "auto": chosen},
     )
