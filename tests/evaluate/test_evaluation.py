@@ -148,9 +148,9 @@ def test_an_interrupted_sampling_goes_on_and_ends_the_same(
     tiny: LanguagePolicy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from corrigible import models
-    from corrigible.evaluate import evaluation
+    from corrigible.evaluate import sampling
 
-    monkeypatch.setattr(evaluation, "_CHUNK_PROMPTS", 2)
+    monkeypatch.setattr(sampling, "_CHUNK_PROMPTS", 2)
     keep = tmp_path / "kept" / "candidate.jsonl"
     settings: dict[str, Any] = {"n": 2, "sampling": PLAIN, "policy_version": "p"}
     whole = sample_episodes(tiny, PROMPTS, **settings)
