@@ -33,7 +33,9 @@ from corrigible.store.formats.readers import read_json
 from corrigible.store.formats.registry import EVERYTHING, Entry, Origin, Parsed, Row, exporter, importer
 from corrigible.store.formats.shapes import shape
 
-_NOT_FIELDS = frozenset("id external_id status _server_id inserted_at updated_at dataset_id score".split())
+_NOT_FIELDS = frozenset(
+    {"id", "external_id", "status", "_server_id", "inserted_at", "updated_at", "dataset_id", "score"}
+)
 _QUESTIONS = "_question_settings"
 
 
@@ -116,7 +118,8 @@ def parse(row: Mapping[str, Any], origin: Origin) -> Parsed:
         record = _judgement(fields, answer, types.get(answer.question) or {}, origin, str(index), extra)
         parsed.feedback.append(record)
         parsed.items += [*fields.items(), *extra]
-    parsed.not_held += [f"metadata.{k}" for k, v in metadata.items() if v is not None and labelling.KEY not in k]
+    kept = {k: v for k, v in metadata.items() if v is not None and labelling.KEY not in k}
+    parsed.not_held += [f"metadata.{name}" for name in kept]
     if row.get("vectors"):
         parsed.not_held.append("vectors")
     return parsed
@@ -140,7 +143,7 @@ def _judgement(
         envelope["context"] = fields.context.sha256
     if answer.status == "discarded":
         where = labelling.target(fields, answer.question, items)
-        missing = NotJudged(intended="label", reason=NotJudgedReason.SKIPPED, detail=answer.question)
+        missing = NotJudged(intended="label", reason=NotJudgedReason.skipped, detail=answer.question)
         return Feedback.on([where], missing, annotator=annotator, **envelope)
     targets, payload = _payload(fields, answer, settings, items)
     return Feedback.on(targets, payload, annotator=annotator, **envelope)
@@ -150,7 +153,7 @@ def _payload(
     fields: labelling.Fields, answer: _Answer, settings: Mapping[str, Any], items: list[Item]
 ) -> labelling.Judgement:
     kind, question, value = settings.get("type"), answer.question, answer.value
-    options = [o.get("value") for o in settings.get("options") or [] if isinstance(o, Mapping)]
+    options: list[Any] = [o.get("value") for o in settings.get("options") or [] if isinstance(o, Mapping)]
     if isinstance(value, int | float) and not isinstance(value, bool):
         low, high = (min(options), max(options)) if kind == "rating" and options else (0, 10)
         return labelling.rating(fields, question, float(value), low, high, items)
@@ -225,13 +228,13 @@ def _flat(row: Mapping[str, Any]) -> tuple[Mapping[str, Any], Mapping[str, Any],
 
 def to_row(entry: Entry) -> dict[str, Any]:
     """One Argilla record, in the nested shape of version 2."""
-    shown = labelling.visible(entry.feedback)
+    shown, user = labelling.visible(entry.feedback), entry.feedback.annotator.pseudonym
     return {
         "id": entry.feedback.id,
         "fields": labelling.visible_fields(entry),
         "metadata": labelling.carried(entry),
         "suggestions": {},
-        "responses": {shown.question: [{"value": shown.value, "user_id": entry.feedback.annotator.pseudonym}]},
+        "responses": {shown.question: [{"value": shown.value, "user_id": user}]},
         "vectors": {},
         "_server_id": None,
     }

@@ -17,7 +17,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from corrigible.errors import BadInputError, StorageError
 from corrigible.events import Progress, emit
-from corrigible.records import Feedback, Item
+from corrigible.records import Comparison, Feedback, Item
 from corrigible.store.formats.registry import EXPORTERS, UNKNOWN_ANNOTATOR, Entry, Exporter
 from corrigible.store.formats.shapes import Messages, messages_of
 
@@ -30,7 +30,17 @@ _SHA256 = re.compile(r"\b[0-9a-f]{64}\b")
 _CHUNK = 500
 #: Envelope fields that every importer restores by itself.
 _REGENERATED = frozenset(
-    "schema_version judgement_id channel payload not_judged targets context status kind".split()
+    {
+        "schema_version",
+        "judgement_id",
+        "channel",
+        "payload",
+        "not_judged",
+        "targets",
+        "context",
+        "status",
+        "kind",
+    }
 )
 
 
@@ -114,9 +124,11 @@ class ExportRun:
         if record.payload is not None:
             for name, info in type(record.payload).model_fields.items():
                 key = f"{record.kind}.{name}"
-                if name != "kind" and key not in holds and not info.is_required():
-                    if getattr(record.payload, name) != info.get_default(call_default_factory=True):
-                        self.lose(key)
+                if name == "kind" or key in holds or info.is_required():
+                    continue
+                usual = info.get_default(call_default_factory=True, validated_data=record.payload.__dict__)
+                if getattr(record.payload, name) != usual:
+                    self.lose(key)
         if any(target.episode or target.role for target in record.targets):
             self.lose("targets.episode")
 
@@ -191,11 +203,11 @@ def pair_of(entry: Entry) -> tuple[Messages, Item, Item]:
         BadInputError: not a comparison, or one without a winner.
     """
     payload = entry.feedback.payload
-    if payload is None or payload.kind != "comparison":
+    if not isinstance(payload, Comparison):
         raise BadInputError("not a comparison" if payload is not None else "not judged")
-    order = {"first": (0, 1), "second": (1, 0)}.get(payload.outcome)  # type: ignore[attr-defined]
+    order = {"first": (0, 1), "second": (1, 0)}.get(payload.outcome)
     if order is None:
-        raise BadInputError(f"outcome {payload.outcome}, no winner")  # type: ignore[attr-defined]
+        raise BadInputError(f"outcome {payload.outcome}, no winner")
     chosen, rejected = (entry.item(entry.feedback.targets[index].sha256) for index in order)
     return prompt_of(entry), chosen, rejected
 

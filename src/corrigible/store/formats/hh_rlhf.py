@@ -44,8 +44,7 @@ def parse_transcript(text: str, name: str = "transcript") -> Messages:
     if pieces[0] or len(pieces) < 3:
         raise BadInputError(f"{name} does not begin with 'Human:' or 'Assistant:'")
     return tuple(
-        Message(role=_ROLES[who], content=said)  # type: ignore[arg-type]
-        for who, said in zip(pieces[1::2], pieces[2::2], strict=True)
+        Message(role=_ROLES[who], content=said) for who, said in zip(pieces[1::2], pieces[2::2], strict=True)
     )
 
 
@@ -59,7 +58,9 @@ def write_transcript(messages: Messages) -> str:
     for message in messages:
         who = _NAMES.get(message.role)
         if who is None or not isinstance(message.content, str) or message.tool_calls or message.name:
-            raise BadInputError(f"a transcript cannot hold a {message.role} message with tools, parts or names")
+            raise BadInputError(
+                f"a transcript cannot hold a {message.role} message with tools, parts or names"
+            )
         if _TURN.search("\n\n" + message.content if message.content.startswith("\n\n") else message.content):
             raise BadInputError("a message contains a line that reads like the start of a turn")
         text += f"\n\n{who}: {message.content}"

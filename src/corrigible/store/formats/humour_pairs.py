@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from corrigible.errors import BadInputError, MissingError
-from corrigible.records import Annotator, Message, comparison
+from corrigible.records import Annotator, Item, Message, comparison
 from corrigible.records.envelope import AGGREGATE
 from corrigible.store.formats.readers import read_jsonl
 from corrigible.store.formats.registry import Origin, Parsed, Row, importer
 
 PROMPT = "Say something funny in one sentence."
+_CONTEXT = Item.of_messages([Message(role="user", content=PROMPT)])
 
 
 def _sniff(path: Path, rows: Sequence[Mapping[str, Any]]) -> bool:
@@ -73,10 +74,12 @@ def parse(row: Mapping[str, Any], origin: Origin) -> Parsed:
     if for_b > for_a:
         first, second, for_a, for_b = second, first, for_b, for_a
     tie = for_a == for_b
+    origin.seeded([first["text"], second["text"], for_a, for_b])
     record, items = comparison(
-        [Message(role="user", content=PROMPT)],
+        PROMPT,
         first["text"],
         second["text"],
+        context_item=_CONTEXT,
         annotator=_annotator(for_a + for_b),
         criterion="funny",
         strength=0 if tie else 1,

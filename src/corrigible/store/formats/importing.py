@@ -127,9 +127,7 @@ def import_file(
             advice="Run the same command again: it goes on from there.",
         ) from None
     if progress.rows == 0:
-        raise BadInputError(
-            f"{source} holds no rows.", advice="Nothing to import; was the export complete?"
-        )
+        raise BadInputError(f"{source} holds no rows.", advice="Nothing to import; was the export complete?")
     return ImportReport(
         chosen.name,
         str(source),
@@ -215,14 +213,15 @@ class _Import:
             # One of them collides with a record that is there under the same id. Find out which: the
             # others are stored one at a time, and the progress only after all of them.
             good: list[Parsed] = []
+            added = Added()
             for row, outcome in parsed:
                 try:
                     with self.store.transaction() as transaction:
-                        self._add(transaction, [outcome])
+                        added += self._add(transaction, [outcome])
                     good.append(outcome)
                 except BadInputError as error:
                     self._reject(row, _reason(error))
-            self._commit(batch, good)
+            self._commit(batch, good, added)
 
     def _parse(self, row: Row) -> Parsed | None:
         if row.value is None:
@@ -250,10 +249,11 @@ class _Import:
         if len(self.progress.first_rejects) < 5:
             self.progress.first_rejects.append(f"line {row.number}: {reason}")
 
-    def _commit(self, batch: Sequence[Row], parsed: Sequence[Parsed]) -> None:
+    def _commit(self, batch: Sequence[Row], parsed: Sequence[Parsed], stored: Added | None = None) -> None:
+        """Store a batch (unless it was ``stored`` already) and how far that brings us."""
         self.rejects.flush()
         with self.store.transaction() as transaction:
-            added = self._add(transaction, parsed)
+            added = self._add(transaction, parsed) if stored is None else stored
             # Counted on a copy: if the commit fails, this batch was not dealt with.
             after = _Progress(**asdict(self.progress))
             after.rows += len(batch)
@@ -264,7 +264,9 @@ class _Import:
             )
             after.unknown_kinds = dict(
                 Counter(after.unknown_kinds)
-                + Counter(r.kind for one in parsed for r in one.feedback if isinstance(r.payload, UnknownPayload))
+                + Counter(
+                    r.kind for one in parsed for r in one.feedback if isinstance(r.payload, UnknownPayload)
+                )
             )
             transaction.set_import_state(self.key, asdict(after))
         self.progress.__dict__.update(after.__dict__)

@@ -101,7 +101,7 @@ def _annotation(
     if given.get("was_cancelled"):
         where = [TargetRef.of(item) for item in fields.candidates.values()]
         intended = "comparison" if len(where) == 2 else "label"
-        add(where, NotJudged(intended=intended, reason=NotJudgedReason.SKIPPED))
+        add(where, NotJudged(intended=intended, reason=NotJudgedReason.skipped))
     for key in ("lead_time", "ground_truth"):
         if given.get(key):
             parsed.not_held.append(f"annotation.{key}")
@@ -159,7 +159,7 @@ def _pairwise(
     if first.sha256 == second.sha256:
         raise BadInputError("the two texts are equal: nothing was preferred")
     outcome = "first" if selected == "left" else "second"
-    return [TargetRef.of(first), TargetRef.of(second)], Comparison(outcome=outcome, criterion=question)  # type: ignore[arg-type]
+    return [TargetRef.of(first), TargetRef.of(second)], Comparison(outcome=outcome, criterion=question)
 
 
 def _ranker(

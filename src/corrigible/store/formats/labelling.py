@@ -58,18 +58,14 @@ def read_fields(fields: Mapping[str, Any]) -> Fields:
     Raises:
         BadInputError: there is no field with text.
     """
-    filled = {
-        k: v for k, v in fields.items() if isinstance(v, str | list) and v and not k.startswith(KEY)
-    }
+    filled = {k: v for k, v in fields.items() if isinstance(v, str | list) and v and not k.startswith(KEY)}
     asked = {k: v for k, v in filled.items() if _ASKED.match(k.lower())}
     if len(asked) == len(filled):  # only a prompt: then it is what is judged
         asked = {}
     messages: list[Message] = []
     for name, value in asked.items():
         role = "system" if name.lower() == "system" and isinstance(value, str) else None
-        messages += (
-            [Message(role="system", content=str(value))] if role else list(conversation(value, name))
-        )
+        messages += [Message(role="system", content=str(value))] if role else list(conversation(value, name))
     candidates: dict[str, Item] = {}
     for name, value in filled.items():
         if name not in asked and (isinstance(value, str) or _are_messages(value)):
@@ -112,14 +108,14 @@ Judgement = tuple[list[TargetRef], PayloadBase]
 def choice(
     fields: Fields, question: str, values: Sequence[str], options: Sequence[str], items: list[Item]
 ) -> Judgement:
-    """A choice among labels; a comparison when two candidates are there and one of them (or a tie) is named."""
+    """A choice among labels; a comparison when it names one of two candidates, or a tie."""
     names = list(fields.candidates)
     if len(values) == 1 and len(names) == 2:
         winner = {"left": names[0], "right": names[1]}.get(values[0].lower()) or pick(fields, values[0])
         both = [TargetRef.of(item) for item in fields.candidates.values()]
         if winner is not None:
             outcome = "first" if winner == names[0] else "second"
-            return both, Comparison(outcome=outcome, criterion=question)  # type: ignore[arg-type]
+            return both, Comparison(outcome=outcome, criterion=question)
         if values[0].lower() in _TIES:
             return both, Comparison(outcome="tie", criterion=question)
     known = tuple(options) if set(values) <= set(options) else ()
@@ -161,7 +157,8 @@ def spans(fields: Fields, field: str, marks: Sequence[Mapping[str, Any]], items:
     ordered = sorted(marks, key=lambda mark: (mark["start"], mark["end"], str(mark["label"])))
     return [where], Spans(
         spans=tuple(
-            Span(start=mark["start"], end=mark["end"], label=str(mark["label"]), polarity=0) for mark in ordered
+            Span(start=mark["start"], end=mark["end"], label=str(mark["label"]), polarity=0)
+            for mark in ordered
         )
     )
 
@@ -229,9 +226,7 @@ def visible(record: Feedback) -> Visible:
         case Spans() as p if all(s.unit == "char" for s in p.spans):
             marks = [{"start": s.start, "end": s.end, "label": s.label} for s in p.spans]
             return Visible("span", "spans", marks)
-    raise BadInputError(
-        "not judged" if record.payload is None else "labelling tools have no such question"
-    )
+    raise BadInputError("not judged" if record.payload is None else "labelling tools have no such question")
 
 
 def carried(entry: Entry) -> dict[str, Any]:

@@ -100,9 +100,7 @@ def refuse_foreign(path: Path) -> None:
         if size == 0:
             raise BadInputError(f"{path} is empty.", advice="Nothing to import; was the download complete?")
         if len(start) < 4096:
-            raise BadInputError(
-                f"{path} holds only white space ({size} bytes).", advice="Nothing to import."
-            )
+            raise BadInputError(f"{path} holds only white space ({size} bytes).", advice="Nothing to import.")
     for mark in _WIDE_MARKS:
         if start.startswith(mark):
             raise BadInputError(

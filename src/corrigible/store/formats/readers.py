@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Iterator, Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,8 @@ from corrigible.store.formats.registry import Row
 _MAX_CSV_SPAN = 2000
 #: Columns whose cells hold JSON when they begin like JSON.
 _JSON_COLUMNS = frozenset(
-    "prompt chosen rejected completion completions labels messages response response_a response_b "
-    "record items input preferred_output non_preferred_output tools".split()
+    {"prompt", "chosen", "rejected", "completion", "completions", "labels", "messages", "response"}
+    | {"response_a", "response_b", "record", "items", "input", "preferred_output", "non_preferred_output"}
 )
 
 
@@ -44,9 +45,7 @@ _DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_refuse_co
 
 def _json_row(line: Line) -> Row:
     if line.problem:
-        extent = (
-            {"bytes": line.length, "offset": line.offset, "sha256": line.sha256} if line.sha256 else None
-        )
+        extent = {"bytes": line.length, "offset": line.offset, "sha256": line.sha256} if line.sha256 else None
         return Row(line.number, raw=line.raw, problem=line.problem, extent=extent)
     try:
         text = line.raw.decode("utf-8")
@@ -118,9 +117,7 @@ def read_json(path: Path, options: Mapping[str, Any]) -> Iterator[Row]:
         if isinstance(value, dict):
             yield Row(number, value, raw)
         else:
-            yield Row(
-                number, raw=raw, problem=f"a JSON {_json_type(value)} where an object was expected"
-            )
+            yield Row(number, raw=raw, problem=f"a JSON {_json_type(value)} where an object was expected")
 
 
 def _text(path: Path) -> str:
@@ -257,7 +254,7 @@ def _csv_records(source: Iterator[Line]) -> Iterator[tuple[int, bytes, str]]:
             yield first.number, first.raw, "a quote is opened and never closed"
             continue
         joined = bytearray(span[0].raw)
-        for before, after in zip(span, span[1:], strict=False):
+        for before, after in pairwise(span):
             joined += b"\n" * (after.number - before.number) + after.raw
         yield span[0].number, bytes(joined), ""
 

@@ -56,8 +56,13 @@ class Origin:
     def __init__(self, value: Mapping[str, Any], campaign: str | None, options: Mapping[str, Any]) -> None:
         self.campaign = campaign
         self.options = options
-        self._value = value
+        self._value: Any = value
         self._seed: bytes | None = None
+
+    def seeded(self, value: Any) -> None:
+        """Let the ids depend on ``value`` only, when the row is mostly joined tables."""
+        self._value = value
+        self._seed = None
 
     def id(self, part: str = "", at: int = 0) -> str:
         """A record id that depends on the row's content (and the campaign and options) alone.
@@ -68,12 +73,16 @@ class Origin:
         """
         if self._seed is None:
             text = canonical([self._value, self.campaign, dict(self.options)])
-            self._seed = hashlib.sha256(text.encode("utf-8")).digest()
+            self._seed = hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
         digest = hashlib.sha256(self._seed + part.encode("utf-8")).digest()
         bits = int.from_bytes(digest[:16], "big")
         millis = max(0, at // 1000) & ((1 << 48) - 1)
         number = (
-            (millis << 80) | (0x7 << 76) | (((bits >> 64) & 0xFFF) << 64) | (0b10 << 62) | (bits & (1 << 62) - 1)
+            (millis << 80)
+            | (0x7 << 76)
+            | (((bits >> 64) & 0xFFF) << 64)
+            | (0b10 << 62)
+            | (bits & (1 << 62) - 1)
         )
         return str(uuid.UUID(int=number))
 

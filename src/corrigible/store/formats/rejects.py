@@ -25,7 +25,9 @@ def default_path(source: Path) -> Path:
     """``<source>.rejects.jsonl`` beside the source, or in the working folder if that is read-only."""
     name = f"{source.name}.rejects.jsonl"
     beside = source.absolute().parent
-    return (beside if os.access(beside, os.W_OK) else Path.cwd()) / name
+    # The mode too: root may write anywhere, but a folder marked read-only was meant so.
+    writable = os.access(beside, os.W_OK) and beside.stat().st_mode & 0o222
+    return (beside if writable else Path.cwd()) / name
 
 
 class Rejects:
@@ -82,7 +84,7 @@ class Rejects:
         self._waiting.clear()
 
     def _ends_whole(self) -> bool:
-        if not self.path.exists() or self.path.stat().st_size == 0:
+        if not self.path.is_file() or self.path.stat().st_size == 0:
             return True
         with self.path.open("rb") as file:
             file.seek(-1, os.SEEK_END)
@@ -90,7 +92,7 @@ class Rejects:
 
     def _read(self) -> set[Key]:
         seen: set[Key] = set()
-        if not self.path.exists():
+        if not self.path.is_file():
             return seen
         with self.path.open(encoding="utf-8", errors="replace") as file:
             for line in file:

@@ -23,7 +23,16 @@ from corrigible.store.formats.registry import UNKNOWN_ANNOTATOR, Origin, Parse, 
 Messages = tuple[Message, ...]
 
 ENVELOPE_COLUMNS = frozenset(
-    "annotator annotator_type criterion strength confidence rationale task_id created_at".split()
+    {
+        "annotator",
+        "annotator_type",
+        "criterion",
+        "strength",
+        "confidence",
+        "rationale",
+        "task_id",
+        "created_at",
+    }
 )
 
 
@@ -196,9 +205,9 @@ def simplest(messages: Messages) -> str | Messages:
     """Text for one plain assistant message, so that equal responses have equal hashes everywhere."""
     if len(messages) == 1:
         only = messages[0]
-        if only.role == "assistant" and isinstance(only.content, str) and only.name is None:
-            if not only.tool_calls:
-                return only.content
+        plain = isinstance(only.content, str) and only.name is None and not only.tool_calls
+        if only.role == "assistant" and plain:
+            return only.text
     return messages
 
 
@@ -219,7 +228,7 @@ def messages_of(item: Item, role: str = "assistant") -> Messages:
         return item.messages()
     if item.text is None:
         raise BadInputError(f"the item {item.sha256[:12]}… is {item.media_type}, not text")
-    return (Message(role=role, content=item.text),)  # type: ignore[arg-type]
+    return (Message(role=role, content=item.text),)
 
 
 def split_last_turn(messages: Messages) -> tuple[Messages, Messages]:

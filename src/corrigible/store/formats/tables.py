@@ -43,7 +43,8 @@ from corrigible.store.formats.shapes import (
 _WINNERS = {
     "a": "a", "model_a": "a", "response_a": "a", "1": "a", "first": "a", "left": "a",
     "b": "b", "model_b": "b", "response_b": "b", "2": "b", "second": "b", "right": "b",
-    "tie": "tie", "equal": "tie", "both_bad": "both_bad", "tie (bothbad)": "both_bad", "both_good": "both_good",
+    "tie": "tie", "equal": "tie", "both_bad": "both_bad", "tie (bothbad)": "both_bad",
+    "both_good": "both_good",
 }  # fmt: skip
 
 
@@ -67,9 +68,7 @@ def side_by_side(row: Mapping[str, Any], origin: Origin) -> Parsed:
         outcome="chosen" if winner in "ab" else winner,  # type: ignore[arg-type]
         **said.envelope,
     )
-    return Parsed(
-        [record], items, not_held=unknown_keys(row, "prompt", "response_a", "response_b", "winner")
-    )
+    return Parsed([record], items, not_held=unknown_keys(row, "prompt", "response_a", "response_b", "winner"))
 
 
 @shape("rating", format="jsonl", matches=has("prompt", "response", "rating"))
@@ -245,4 +244,10 @@ def export_hf(run: ExportRun) -> None:
     with run.place() as partial:
         tables = list(_tables(run))
         table = pyarrow.concat_tables(tables) if tables else _schema().empty_table()
-        datasets.Dataset(table).save_to_disk(str(partial))
+        hidden = datasets.are_progress_bars_disabled()
+        datasets.disable_progress_bars()  # our own events say how far it is
+        try:
+            datasets.Dataset(table).save_to_disk(str(partial))
+        finally:
+            if not hidden:
+                datasets.enable_progress_bars()

@@ -67,9 +67,7 @@ def implicit(row: Mapping[str, Any], origin: Origin) -> Parsed:
     if isinstance(chosen, str) and isinstance(rejected, str):
         prompt, first, second = _split_text(chosen, rejected)
         messages = conversation(prompt, "prompt") if prompt else ()
-        return comparison_row(
-            row, origin, prompt=messages, chosen=first, rejected=second, not_held=not_held
-        )
+        return comparison_row(row, origin, prompt=messages, chosen=first, rejected=second, not_held=not_held)
     shared, one, two = split_shared(conversation(chosen, "chosen"), conversation(rejected, "rejected"))
     return comparison_row(
         row, origin, prompt=shared, chosen=simplest(one), rejected=simplest(two), not_held=not_held

@@ -10,11 +10,12 @@ argued for; ``task_id`` is the topic, so that a split by task is a split by topi
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from corrigible.errors import BadInputError, MissingError
-from corrigible.records import Annotator, Message, comparison
+from corrigible.records import Annotator, Item, Message, comparison
 from corrigible.store.formats.readers import read_jsonl
 from corrigible.store.formats.registry import Origin, Parsed, Row, importer
 
@@ -56,11 +57,15 @@ def _read(folder: Path, options: Mapping[str, Any]) -> Iterator[Row]:
         vote = row.value
         pair = pairs.get(str(vote.get("pair_id")))
         if pair is None:
-            yield Row(row.number, raw=row.raw, problem=f"the pair {vote.get('pair_id')!r} is not in the pair table")
+            yield Row(
+                row.number, raw=row.raw, problem=f"the pair {vote.get('pair_id')!r} is not in the pair table"
+            )
             continue
         first, second = (arguments.get(str(pair.get(side))) for side in ("arg1", "arg2"))
         if first is None or second is None:
-            yield Row(row.number, raw=row.raw, problem=f"an argument of the pair {pair['pair_id']!r} is missing")
+            yield Row(
+                row.number, raw=row.raw, problem=f"an argument of the pair {pair['pair_id']!r} is missing"
+            )
             continue
         yield Row(row.number, {"vote": vote, "pair": pair, "arg1": first, "arg2": second}, row.raw)
 
@@ -75,16 +80,13 @@ def parse(row: Mapping[str, Any], origin: Origin) -> Parsed:
     if first["text"] == second["text"]:
         raise BadInputError("the two arguments are equal: nothing was preferred")
     chosen, rejected = (second, first) if value == "a2" else (first, second)
-    stance = vote.get("workerStance")
+    origin.seeded([vote, first["text"], second["text"]])
     record, items = comparison(
-        [Message(role="user", content=prompt_text(first["title"], first["stance"]))],
+        "",
         chosen["text"],
         rejected["text"],
-        annotator=Annotator(
-            pseudonym=str(vote["worker"]),
-            type="human",
-            groups=frozenset({f"stance:{stance}"} if stance else ()),
-        ),
+        context_item=_context(first["title"], first["stance"]),
+        annotator=_annotator(str(vote["worker"]), vote.get("workerStance")),
         criterion="convincing",
         strength=0 if value == "equal" else 1,
         tie=value == "equal",
@@ -97,6 +99,13 @@ def parse(row: Mapping[str, Any], origin: Origin) -> Parsed:
     return Parsed([record], list(items), not_held=not_held)
 
 
-def prompt_text(title: str, stance: str) -> str:
+@lru_cache(maxsize=4096)
+def _annotator(worker: str, stance: str | None) -> Annotator:
+    groups = frozenset({f"stance:{stance}"} if stance else ())
+    return Annotator(pseudonym=worker, type="human", groups=groups)
+
+
+@lru_cache(maxsize=256)
+def _context(title: str, stance: str) -> Item:
     """What a debater was asked: the debate's title and the side to argue for."""
-    return f"Debate: {title}\nArgue for this side: {stance}"
+    return Item.of_messages([Message(role="user", content=f"Debate: {title}\nArgue for this side: {stance}")])
