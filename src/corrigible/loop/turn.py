@@ -207,7 +207,7 @@ class Turn:
         )
 
     def _act(self, store: Store, policy: LanguagePolicy, start: PolicyVersion) -> int:
-        from corrigible.evaluate.evaluation import sample_episodes
+        from corrigible.evaluate.sampling import sample_episodes
 
         episodes = sample_episodes(
             policy,
@@ -317,8 +317,9 @@ class Turn:
     def _evaluate(
         self, policy: LanguagePolicy, start: PolicyVersion, candidate: PolicyVersion, reward: RewardModel
     ) -> tuple[Evaluation, tuple[list[Episode], list[Episode]]]:
-        from corrigible.evaluate.evaluation import compare, sample_episodes
+        from corrigible.evaluate.evaluation import compare
         from corrigible.evaluate.kl import kl_to_reference
+        from corrigible.evaluate.sampling import sample_episodes
         from corrigible.evaluate.win_rate import PanelJudge, SignalJudge
 
         prompts = [prompt.messages(self.config.system) for prompt in self.held_out]
