@@ -1,0 +1,99 @@
+from __future__ import annotations
+
+import pytest
+
+from corrigible.errors import BadInputError, RefusedError
+from corrigible.loop.gate import Gate
+from corrigible.loop.registry import Registry
+from corrigible.records import Annotator, PolicyVersion, TrainedOn, comparison
+from corrigible.store import Store
+
+
+@pytest.fixture
+def registry(tmp_path):
+    with Store.open(tmp_path / "s.db") as store:
+        yield Registry(store)
+
+
+def version(name: str, parent: PolicyVersion | None = None, **more: object) -> PolicyVersion:
+    return PolicyVersion(
+        name=name, base_model="tiny-random", weights="0" * 64, parent=parent.id if parent else None, **more
+    )
+
+
+def verdict(promoted: bool):
+    low = 0.6 if promoted else 0.3
+    return Gate().decide(win_rate=0.65, interval=(low, 0.8), prompts=100)
+
+
+def test_versions_come_with_status_and_the_last_promoted_is_current(registry):
+    first = registry.register(version("a-v1"))
+    second = registry.register(version("a-v2", first))
+    third = registry.register(version("a-v3", second))
+    registry.decide(second, verdict(True))
+    registry.decide(third, verdict(False))
+    assert [(s.version.name, s.status, s.current) for s in registry.states()] == [
+        ("a-v1", "created", False),
+        ("a-v2", "promoted", True),
+        ("a-v3", "refused", False),
+    ]
+    assert registry.current() == second
+    registry.store.add_policy_event(second.id, "retired", {})
+    assert registry.current() is None
+
+
+def test_registering_twice_changes_nothing(registry):
+    first = version("a-v1")
+    registry.register(first)
+    registry.register(first)
+    assert len(registry.states()) == 1
+    assert [e.event for e in registry.store.policy_events()] == ["created"]
+
+
+def test_a_version_without_its_parent_is_refused(registry):
+    with pytest.raises(BadInputError, match="names the parent"):
+        registry.register(version("b-v2", version("b-v1")))
+
+
+def test_a_refused_version_needs_an_override(registry):
+    first = registry.register(version("a-v1"))
+    registry.decide(first, verdict(False))
+    with pytest.raises(RefusedError, match="not above"):
+        registry.promote("a-v1", by="me", reason="I like it")
+    registry.promote("a-v1", by="me", reason="I like it", override=True)
+    assert registry.current() == first
+    assert registry.store.policy_events(first.id)[-1].detail["override"] is True
+
+
+def test_a_version_is_found_by_id_name_and_beginning(registry):
+    first = registry.register(version("a-v1"))
+    assert registry.policy(first.id) == registry.policy("a-v1") == registry.policy(first.id[:30]) == first
+    with pytest.raises(BadInputError, match="Known names: a-v1"):
+        registry.policy("nobody")
+
+
+def test_lineage_walks_back_to_each_judgement(registry):
+    store = registry.store
+    first = registry.register(version("a-v1"))
+    records = []
+    for number in range(6):
+        record, items = comparison(
+            f"question {number}",
+            "good answer",
+            f"bad answer {number}",
+            annotator=Annotator(pseudonym="ada" if number % 3 else "ben", type="human"),
+        )
+        store.add_feedback([record], items)
+        records.append(record)
+    used = sorted(record.id for record in records[:5])
+    second = registry.register(
+        version("a-v2", first, algorithm="dpo", trained_on=TrainedOn.of(used)), trained_on=used
+    )
+    found = registry.lineage("a-v2")
+    assert (found.judgements, found.kinds) == (5, {"comparison": 5})
+    assert found.annotators == {"ada": 3, "ben": 2}
+    assert found.parent is not None and found.parent.version == first
+    assert sorted(r.id for r in registry.training_feedback(second)) == used
+    assert found.to_json()["parent"]["policy"]["name"] == "a-v1"
+    with pytest.raises(BadInputError, match="lineage of a-v3"):
+        registry.register(version("a-v3", second, trained_on=TrainedOn.of(used)), trained_on=used[:-1])
