@@ -208,4 +208,5 @@ def test_passwords_stay_out_of_messages(url: str) -> None:
         if url.startswith("postgresql"):
             assert "***" in repr(store)
             assert url.split(":")[2].split("@")[0] not in repr(store)
-        assert Store.open(store.url).count_feedback() == 0
+        with Store.open(store.url) as again:
+            assert again.count_feedback() == 0
