@@ -189,7 +189,9 @@ def test_targets_are_in_hash_order() -> None:
         Feedback.from_json({**record.to_json(), "supersedes": record.id})
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "null", "3", '{"id": }', b"\xff\xfe", '{"a": "\\ud800"}'])
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "null", "3", '{"id": }', b"\xff\xfe", "[" * 100_000, '{"a": "\\ud800"}']
+)
 def test_what_is_no_record_is_refused_with_a_reason(text: str | bytes) -> None:
     with pytest.raises(BadInputError):
         Feedback.from_json(text)

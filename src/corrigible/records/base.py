@@ -76,7 +76,7 @@ class Record(BaseModel):
         """The slow path after a first refusal: an older version, or bad input to be explained."""
         try:
             value = json.loads(data) if isinstance(data, str | bytes) else data
-        except ValueError:
+        except (ValueError, RecursionError):
             raise bad_input(cls, error) from None
         if not isinstance(value, Mapping):
             raise bad_input(cls, error)
