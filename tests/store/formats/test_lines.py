@@ -66,10 +66,10 @@ def test_members_of_gzip_are_joined(tmp_path: Path) -> None:
     assert [line.raw for line in read_lines(path)] == [b"one", b"two"]
 
 
-def test_byte_order_mark_and_windows_line_ends_are_taken_off(tmp_path: Path) -> None:
+def test_byte_order_mark_is_taken_off_and_windows_line_ends_are_kept(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_bytes(b"\xef\xbb\xbf{}\r\n{}\r\n")
-    assert [line.raw for line in read_lines(path)] == [b"{}", b"{}"]
+    assert [line.raw for line in read_lines(path)] == [b"{}\r", b"{}\r"]
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from typing import Any
 
 from corrigible.errors import BadInputError
 from corrigible.records import Episode, Feedback, Item, PolicyVersion
-from corrigible.store.formats.exporting import ExportRun
+from corrigible.store.formats.exporting import ExportRun, references
 from corrigible.store.formats.readers import read_json
 from corrigible.store.formats.registry import EVERYTHING, Origin, Parsed, exporter, importer
 from corrigible.store.formats.shapes import has, shape
@@ -65,7 +65,7 @@ def export(run: ExportRun) -> None:
         written: set[str] = set()
         for entry in run.entries():
             if not everything:
-                for sha256 in sorted(set(entry.items) & _mentioned(entry.feedback)):
+                for sha256 in sorted(set(entry.items) & references(entry.feedback)):
                     if sha256 not in written:
                         written.add(sha256)
                         _item(run, write, entry.items[sha256])
@@ -106,12 +106,6 @@ def _item(run: ExportRun, write: Any, item: Item) -> None:
     if item.text is None:
         run.lose("bytes of blobs")
     write("item", item.to_json_text())
-
-
-def _mentioned(record: Feedback) -> set[str]:
-    from corrigible.store.formats.exporting import references
-
-    return references(record)
 
 
 def _episodes(record: Feedback) -> Iterator[str]:

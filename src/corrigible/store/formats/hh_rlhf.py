@@ -106,6 +106,8 @@ def export(run: ExportRun) -> None:
 
     def row(entry: Entry) -> dict[str, Any]:
         prompt, chosen, rejected = pair_of(entry)
+        if entry.feedback.task_id and not entry.feedback.task_id.startswith("hh:"):
+            run.lose("task_id")  # coming back it would be named after the first human message
         return {
             "chosen": write_transcript(prompt + messages_of(chosen)),
             "rejected": write_transcript(prompt + messages_of(rejected)),

@@ -115,8 +115,10 @@ def refuse_foreign(path: Path) -> None:
             )
 
 
-def read_lines(path: Path, max_line_bytes: int = MAX_LINE_BYTES) -> Iterator[Line]:
-    """Yield the non-blank lines of ``path`` with their 1-based numbers.
+def read_lines(
+    path: Path, max_line_bytes: int = MAX_LINE_BYTES, *, keep_blank: bool = False
+) -> Iterator[Line]:
+    """Yield the lines of ``path`` with their 1-based numbers; blank ones only if ``keep_blank``.
 
     Memory stays below ``max_line_bytes`` plus one chunk whatever the file holds.
     """
@@ -135,8 +137,7 @@ def read_lines(path: Path, max_line_bytes: int = MAX_LINE_BYTES) -> Iterator[Lin
             line = Line(number, raw[:_HEAD_KEPT], start, length, reason, digest.hexdigest())
             digest = None
             return line
-        raw = raw.removesuffix(b"\r")
-        if not raw or raw.isspace():
+        if not keep_blank and (not raw or raw.isspace()):
             return None
         return Line(number, raw, start, length)
 

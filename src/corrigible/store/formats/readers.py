@@ -7,9 +7,9 @@ raise :class:`BadInputError` only for a file that cannot be read at all.
 from __future__ import annotations
 
 import csv
+import io
 import json
 from collections.abc import Iterator, Mapping
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -152,7 +152,9 @@ def _whole(path: Path) -> dict[str, Any] | None:
 
 def read_csv(path: Path, options: Mapping[str, Any]) -> Iterator[Row]:
     """CSV or TSV with a header; the separator (comma, semicolon, tab, bar) is taken from it."""
-    records = _csv_records(read_lines(path, options.get("max_line_bytes", lines.MAX_LINE_BYTES)))
+    records = _csv_records(
+        read_lines(path, options.get("max_line_bytes", lines.MAX_LINE_BYTES), keep_blank=True)
+    )
     header = next(records, None)
     if header is None:
         raise BadInputError(f"{path} is empty.", advice="Nothing to import; was the download complete?")
@@ -161,7 +163,7 @@ def read_csv(path: Path, options: Mapping[str, Any]) -> Iterator[Row]:
         raise BadInputError(f"{path}: the header cannot be read: {problem}.")
     text = raw.decode("utf-8", "surrogateescape")
     separator = max(",;\t|", key=lambda mark: (text.count(mark), mark == ","))
-    names = [name.strip() for name in _split(text, separator)]
+    names = [name.strip().removeprefix("\ufeff") for name in _split(text, separator)]
     if len(set(names)) != len(names):
         raise BadInputError(f"{path}: two columns have the same name.", advice=f"The header reads: {text}")
     for number, raw, problem in records:
@@ -204,8 +206,8 @@ def looks_like_csv(path: Path, start: bytes | None = None) -> bool:
 
 def _split(text: str, separator: str) -> list[str]:
     csv.field_size_limit(lines.MAX_LINE_BYTES)
-    # newline="" semantics: a quoted cell keeps its line breaks.
-    rows = list(csv.reader(text.splitlines(keepends=True), delimiter=separator))
+    # newline="": a quoted cell keeps its line breaks, whichever they are.
+    rows = list(csv.reader(io.StringIO(text, newline=""), delimiter=separator))
     if len(rows) != 1:
         raise csv.Error("the row does not end where its line ends")
     return rows[0]
@@ -242,6 +244,8 @@ def _csv_records(source: Iterator[Line]) -> Iterator[tuple[int, bytes, str]]:
                     yield line.number, line.raw, line.problem
                     continue
                 break
+            if not span and not line.raw.strip():
+                continue
             span.append(line)
             quotes += line.raw.count(b'"')
             if quotes % 2 == 0 or len(span) > _MAX_CSV_SPAN:
@@ -253,10 +257,8 @@ def _csv_records(source: Iterator[Line]) -> Iterator[tuple[int, bytes, str]]:
             pending[:0] = rest
             yield first.number, first.raw, "a quote is opened and never closed"
             continue
-        joined = bytearray(span[0].raw)
-        for before, after in pairwise(span):
-            joined += b"\n" * (after.number - before.number) + after.raw
-        yield span[0].number, bytes(joined), ""
+        raw = b"\n".join(line.raw for line in span).removesuffix(b"\r")
+        yield span[0].number, raw, ""
 
 
 def read_parquet(path: Path, options: Mapping[str, Any]) -> Iterator[Row]:
