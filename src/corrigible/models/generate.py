@@ -21,11 +21,21 @@ from corrigible.errors import BadInputError, NumericsError
 from corrigible.events import Progress, emit
 from corrigible.models.cache import new_cache
 from corrigible.models.policy import LanguagePolicy
-from corrigible.models.renderer import MessageLike, Rendered
-from corrigible.models.sampling import check_sampling, draw, sequence_seed, uniforms
-from corrigible.records import Episode, FinishReason, Message, Sampling, Step, new_id, now_us
+from corrigible.models.renderer import Rendered
+from corrigible.models.sampling import draw, sequence_seed, uniforms
+from corrigible.records import (
+    Episode,
+    FinishReason,
+    Message,
+    MessageLike,
+    Sampling,
+    Step,
+    as_messages,
+    new_id,
+    now_us,
+)
 
-BATCH_SIZE = 32
+BATCH_SIZE = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +96,7 @@ def generate(
     seed: int | None = None,
     batch_size: int = BATCH_SIZE,
     on_done: Callable[[int, list[Generation]], None] | None = None,
+    occurrences: Sequence[int] | None = None,
 ) -> list[list[Generation]]:
     """Sample ``n`` answers to each prompt.
 
@@ -99,6 +110,8 @@ def generate(
         batch_size: sequences sampled at a time. It changes the speed and the memory, not the text.
         on_done: called with a prompt's index and its answers as soon as all of them are there, in
             whatever order prompts finish: keep them, and an interruption loses nothing that was done.
+        occurrences: for each prompt, how many equal ones came before it (default: in ``prompts``).
+            Equal prompts are told apart by it; a resumed run passes what the whole run had.
 
     Returns:
         For each prompt, in order, its ``n`` generations. A prompt that cannot be answered (too long
@@ -106,11 +119,10 @@ def generate(
         others are answered all the same.
 
     Raises:
-        BadInputError: no prompts, or settings out of range.
+        BadInputError: no prompts, or a number below 1.
         NumericsError: the model's logits are not finite.
     """
     sampling = sampling or Sampling(max_tokens=128, n=n or 1)
-    check_sampling(sampling)
     n = sampling.n if n is None else n
     seed = (sampling.seed or 0) if seed is None else seed
     if not prompts:
@@ -146,8 +158,9 @@ def generate(
             refused.append((index, _refusal(ids, FinishReason.context, text)))
             continue
         rendered[index] = ids
+        earlier = seen[ids] if occurrences is None else occurrences[index]
         for sample in range(n):
-            own_seed = sequence_seed(seed, ids, seen[ids], sample)
+            own_seed = sequence_seed(seed, ids, earlier, sample)
             budget = min(sampling.max_tokens, room)
             rows.append(_Row(index, sample, own_seed, budget, uniforms(own_seed, budget)))
         seen[ids] += 1
@@ -305,7 +318,7 @@ def to_episode(
     """
     if generation.error is not None:
         raise BadInputError(f"There is no answer to record: {generation.error}")
-    messages = tuple(m if isinstance(m, Message) else Message.model_validate(m) for m in prompt_messages)
+    messages = as_messages(prompt_messages)
     info: dict[str, Any] = {"seed": generation.seed}
     if generation.sampling_logprobs != generation.logprobs:
         info["sampling_logprobs"] = list(generation.sampling_logprobs)

@@ -25,9 +25,7 @@ from enum import Enum, IntEnum
 from typing import Any, Literal
 
 from corrigible.errors import BadInputError
-from corrigible.records import Message
-
-MessageLike = Message | Mapping[str, Any]
+from corrigible.records import Message, MessageLike
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] "
@@ -140,7 +138,7 @@ class Renderer:
         self.special_ids = frozenset(tokenizer.all_special_ids) | {i for i, t in added.items() if t.special}
         control = sorted({str(t) for t in added.values()} | set(tokenizer.all_special_tokens), key=len)
         self._control = re.compile("|".join(re.escape(t) for t in reversed(control))) if control else None
-        self._anchor = self._find_anchor()
+        self._anchors = self._find_anchors()
         ends = [*self._template_end_of_turn(), tokenizer.eos_token_id, *end_of_turn_ids]
         self.end_of_turn_ids: tuple[int, ...] = tuple(dict.fromkeys(i for i in ends if i is not None))
         self._end_texts = tuple(tokenizer.convert_ids_to_tokens(list(self.end_of_turn_ids)))
@@ -498,8 +496,9 @@ class Renderer:
                 )
                 ids += more
                 starts += [None if o is None else piece_start + o for o in offsets]
+        # Without offsets to go by, whatever is no control token counts as content.
         in_content = [
-            self.tokenizer_says_content(i)
+            i not in self.special_ids
             if o is None or spans is None
             else any(s.start <= o < s.end for s in inside)
             for i, o in zip(ids, starts, strict=True)
@@ -513,22 +512,21 @@ class Renderer:
                 break
         return ids, [TokenKind.NOT_SAMPLED if i <= last else TokenKind.SPECIAL for i in range(len(ids))]
 
-    def tokenizer_says_content(self, token_id: int) -> bool:
-        """Without offsets to go by: anything that is no control token counts as content."""
-        return token_id not in self.special_ids
-
     def _tokenize(self, text: str, *, first: bool, literal: bool) -> tuple[list[int], list[int | None]]:
-        anchor = "" if first else self._anchor
-        encoded = self._call_tokenizer(anchor + text, literal)
+        for anchor in () if first else self._anchors:
+            before = self._call_tokenizer(anchor, literal)["input_ids"]
+            ids, offsets = self._with_offsets(anchor + text, literal)
+            if ids[: len(before)] == before:  # else the anchor has merged with the text: try another
+                offsets = [None if o is None else max(o - len(anchor), 0) for o in offsets]
+                return ids[len(before) :], offsets[len(before) :]
+        return self._with_offsets(text, literal)
+
+    def _with_offsets(self, text: str, literal: bool) -> tuple[list[int], list[int | None]]:
+        encoded = self._call_tokenizer(text, literal)
         ids: list[int] = list(encoded["input_ids"])
-        offsets: list[int | None] = (
-            [o[0] for o in encoded["offset_mapping"]] if self.tokenizer.is_fast else [None] * len(ids)
-        )
-        if anchor:
-            skip = len(self._call_tokenizer(anchor, literal)["input_ids"])
-            ids = ids[skip:]
-            offsets = [None if o is None else max(o - len(anchor), 0) for o in offsets[skip:]]
-        return ids, offsets
+        if not self.tokenizer.is_fast:
+            return ids, [None] * len(ids)
+        return ids, [offset[0] for offset in encoded["offset_mapping"]]
 
     def _call_tokenizer(self, text: str, literal: bool) -> Any:
         return self.tokenizer(
@@ -539,17 +537,18 @@ class Renderer:
             verbose=False,
         )
 
-    def _find_anchor(self) -> str:
-        """Text to put before a chunk so that it is tokenised as in the middle of a text.
+    def _find_anchors(self) -> tuple[str, ...]:
+        """Texts to put before a chunk so that it is tokenised as in the middle of a text.
 
         SentencePiece tokenizers write a space before the first word of a text; a chunk of a
-        conversation is no beginning. A newline in front, taken off again, keeps that space away.
+        conversation is no beginning. A character in front, taken off again, keeps that space away.
+        Other tokenizers need none.
         """
         together = self._call_tokenizer("\nword", False)["input_ids"]
         apart = (
             self._call_tokenizer("\n", False)["input_ids"] + self._call_tokenizer("word", False)["input_ids"]
         )
-        return "" if together == apart else "\n"
+        return () if together == apart else ("\n", "]", ">", "a")
 
     def _template_end_of_turn(self) -> list[int]:
         probe = [{"role": "user", "content": "Question"}, {"role": "assistant", "content": "zqAnswerqz"}]

@@ -21,27 +21,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from corrigible.errors import BadInputError
 from corrigible.records import Sampling
-
-
-def check_sampling(sampling: Sampling) -> None:
-    """Refuse settings that mean nothing.
-
-    Raises:
-        BadInputError: naming the setting and its range.
-    """
-    checks = (
-        (sampling.temperature >= 0, "temperature", "0 (greedy) or more", sampling.temperature),
-        (0 < sampling.top_p <= 1, "top_p", "above 0 and at most 1", sampling.top_p),
-        (sampling.top_k is None or sampling.top_k >= 1, "top_k", "at least 1 (or None)", sampling.top_k),
-        (0 <= sampling.min_p <= 1, "min_p", "between 0 and 1", sampling.min_p),
-        (sampling.max_tokens >= 1, "max_tokens", "at least 1", sampling.max_tokens),
-        (all(sampling.stop), "stop", "non-empty strings", sampling.stop),
-    )
-    for fine, name, allowed, value in checks:
-        if not fine:
-            raise BadInputError(f"{name} must be {allowed}; it is {value!r}.")
 
 
 def sequence_seed(seed: int, prompt_ids: Sequence[int], occurrence: int, sample: int) -> int:
