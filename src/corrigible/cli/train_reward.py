@@ -270,7 +270,8 @@ def _show(model: RewardModel, report: RewardReport, out: Path) -> None:
     console.print(table)
     ties = f", {report.ties} ties left out" if report.ties else ""
     console.print(
-        f"  {accuracy.n:,} pairs in {accuracy.clusters:,} {report.split}s, trained on {report.n_train:,}{ties}"
+        f"  {accuracy.n:,} pairs in {accuracy.clusters:,} {report.split}s, "
+        f"trained on {report.n_train:,}{ties}"
     )
     fit = report.calibration
     console.print(f"  log-loss {fit.log_loss:.3f} (chance 0.693), calibration error {fit.ece:.3f}")

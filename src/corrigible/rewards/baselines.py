@@ -71,7 +71,8 @@ def length_margins(train: Sequence[Pair], test: Sequence[Pair], *, by: str = "au
         raise BadInputError("a baseline needs pairs on both sides.", advice="Use a smaller held-out share.")
     chosen, rejected = _sides(train)
     difference = _length_features(chosen) - _length_features(rejected)
-    scale = difference.std(axis=0) + 1e-12
+    weight = np.array([pair.weight for pair in train])
+    scale = np.sqrt(np.average(difference**2, axis=0, weights=weight if weight.any() else None)) + 1e-12
     model = _fit(difference / scale, train, 1.0)
     chosen, rejected = _sides(test)
     return np.asarray((_length_features(chosen) - _length_features(rejected)) / scale @ model.coef_[0])

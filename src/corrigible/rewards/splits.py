@@ -144,10 +144,12 @@ def split(pairs: Sequence[Pair], *, by: str = "auto", held_out: float = 0.2, see
     for unit in np.random.default_rng(seed).permutation(len(sizes)):
         if filled >= target or len(out) == len(sizes) - 1:
             break
-        if filled and filled + sizes[unit] - target > target - filled:
+        if filled + sizes[unit] - target > target - filled:
             continue
         out.add(int(unit))
         filled += int(sizes[unit])
+    if not out:  # every unit is larger than what is wanted
+        out.add(int(sizes.argmin()))
     return Split(
         train=tuple(pair for pair, unit in zip(pairs, units, strict=True) if unit not in out),
         held_out=tuple(pair for pair, unit in zip(pairs, units, strict=True) if unit in out),
