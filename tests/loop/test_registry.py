@@ -95,5 +95,5 @@ def test_lineage_walks_back_to_each_judgement(registry):
     assert found.parent is not None and found.parent.version == first
     assert sorted(r.id for r in registry.training_feedback(second)) == used
     assert found.to_json()["parent"]["policy"]["name"] == "a-v1"
-    with pytest.raises(BadInputError, match="lineage of a-v3"):
+    with pytest.raises(BadInputError, match="the version itself states"):
         registry.register(version("a-v3", second, trained_on=TrainedOn.of(used)), trained_on=used[:-1])

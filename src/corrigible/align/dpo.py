@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -19,6 +18,10 @@ from corrigible.events import Message, emit
 from corrigible.models import LanguagePolicy, load_policy
 from corrigible.records import Episode, PolicyVersion, TrainedOn
 from corrigible.store import Pair, Store, load_pairs
+
+
+LINEAGE = "trained_on.txt"
+"""File in the run's folder: ids of the judgements behind the training pairs, one a line."""
 
 
 def train_dpo(
@@ -44,7 +47,8 @@ def train_dpo(
     Args:
         pairs: what to learn from, or a store whose live comparisons to learn from.
         model: a name or folder to load, or a policy in memory (trained in place).
-        out: folder of the run; ``adapter/``, ``policy.json`` and ``metrics.jsonl`` are in it at the end.
+        out: folder of the run; ``adapter/``, ``policy.json``, ``trained_on.txt`` (ids of the
+            judgements) and ``metrics.jsonl`` are in it at the end.
         config: the trainer's settings.
         dpo: the loss's settings.
         lora_rank: rank of the fresh adapter (scaled by ``alpha = 2 rank``); ``None`` trains all
@@ -103,6 +107,8 @@ def train_dpo(
         resume_hint=resume_hint,
     )
     result = trainer.train(resume=resume)
+    # The version states a digest; the ids themselves go beside it, for whoever registers the version.
+    write_atomically(out / LINEAGE, "".join(f"{one}\n" for one in source.derived_from()).encode())
     scores: dict[str, Any] = {f"train/{key}": value for key, value in result.metrics.items()}
     if test is not None and trainer.reference is not None:
         measured = implicit_reward_accuracy(
@@ -137,13 +143,8 @@ def train_dpo(
 
 def trained_on(source: PairSource) -> TrainedOn:
     """The lineage of everything that ``source`` can hand out."""
-    ids = source.derived_from()
-    return TrainedOn(
-        feedback=len(ids),
-        feedback_digest=hashlib.sha256("\n".join(ids).encode()).hexdigest(),
-        first_id=ids[0] if ids else None,
-        last_id=ids[-1] if ids else None,
-        filter={"pairs": len(source), "skipped": dict(source.skipped), "data": source.digest()},
+    return TrainedOn.of(
+        source.derived_from(), pairs=len(source), skipped=dict(source.skipped), data=source.digest()
     )
 
 

@@ -7,7 +7,8 @@ a promotion is an event, and so is a refusal.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -70,19 +71,23 @@ class Registry:
     def __init__(self, store: Store) -> None:
         self.store = store
 
-    def register(self, version: PolicyVersion, detail: dict[str, Any] | None = None) -> PolicyVersion:
-        """Add a version; adding the same one again changes nothing.
+    def register(self, version: PolicyVersion, *, trained_on: Iterable[str] = ()) -> PolicyVersion:
+        """Add a version and the ids of the judgements it was trained on; again changes nothing.
 
         Raises:
-            BadInputError: when its parent is not in the store.
+            BadInputError: its parent is not in the store, or ``trained_on`` is not what it states.
         """
         if version.parent is not None and self.find(version.parent) is None:
             raise BadInputError(
                 f"Policy {version.name} names the parent {version.parent}, which this store does not hold.",
                 advice="Register the parent first, or open the store that holds it.",
             )
-        if self.store.add_policies([version]).new:
-            self.store.add_policy_event(version.id, "created", detail or {})
+        ids = list(trained_on)
+        with self.store.transaction() as tx:
+            if tx.add_policies([version]).new:
+                tx.add_policy_event(version.id, "created")
+            if ids:
+                tx.add_lineage(version.id, ids)
         return version
 
     def find(self, id_or_name: str) -> PolicyVersion | None:
@@ -169,13 +174,10 @@ class Registry:
         return version
 
     def training_feedback(self, version: PolicyVersion) -> Iterator[Feedback]:
-        """The judgements that ``version`` was trained on, one by one."""
-        if version.trained_on is None:
-            return
-        for record_id in version.trained_on.ids:
-            record = self.store.feedback_record(record_id)
-            if record is not None:
-                yield record
+        """The judgements that ``version`` was trained on and that this store holds, one by one."""
+        for record_id in self.store.lineage(version.id):
+            with suppress(BadInputError):  # a record of another store
+                yield self.store.feedback_record(record_id)
 
     def lineage(self, id_or_name: str) -> Lineage:
         """From a policy version back to every parent and every judgement.
@@ -199,7 +201,7 @@ class Registry:
             kinds[record.kind] += 1
             annotators[record.annotator.pseudonym] += 1
             for policy in record.policy or ():
-                if policy.snapshot:
+                if policy is not None and policy.snapshot:
                     episodes[policy.snapshot] += 1
         parent = self.find(version.parent) if version.parent else None
         return Lineage(

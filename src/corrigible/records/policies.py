@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Iterable
 from typing import Literal, Self
 
 from pydantic import Field, JsonValue, model_validator
@@ -21,6 +23,18 @@ class TrainedOn(Record):
     first_id: str | None = None
     last_id: str | None = None
     filter: dict[str, JsonValue] = Field(default_factory=dict)
+
+    @classmethod
+    def of(cls, ids: Iterable[str], **filter: JsonValue) -> Self:
+        """What training on the records ``ids`` (in any order, repeats ignored) amounts to."""
+        found = sorted(set(ids))
+        return cls(
+            feedback=len(found),
+            feedback_digest=hashlib.sha256("\n".join(found).encode()).hexdigest(),
+            first_id=found[0] if found else None,
+            last_id=found[-1] if found else None,
+            filter=filter,
+        )
 
 
 class PolicyVersion(Record):

@@ -14,7 +14,7 @@ from typing import Final
 
 from sqlalchemy import BigInteger, Column, ForeignKey, Index, Integer, MetaData, Table, Text, UniqueConstraint
 
-HEAD: Final = "0001"
+HEAD: Final = "0002"
 """The newest schema revision this code knows. They are numbered, so that a newer one is seen as newer."""
 
 VERSION_TABLE: Final = "corrigible_version"
@@ -142,6 +142,17 @@ policy_event = Table(
     Index("policy_event_by_policy", "policy_id", "cursor"),
 )
 
+lineage = Table(
+    "lineage",
+    metadata,
+    Column("policy_id", _Key, ForeignKey("policy.id"), primary_key=True),
+    # No foreign key: a version may have been trained on records of another store.
+    Column("feedback_id", _Key, primary_key=True),
+    Index("lineage_by_feedback", "feedback_id"),
+    comment="Which judgements each policy version was trained on.",
+    sqlite_with_rowid=False,
+)
+
 import_progress = Table(
     "import_progress",
     metadata,
@@ -161,5 +172,5 @@ FEED_TABLES: Final = {
 }
 """The tables of the change feed, each with the column that names its record."""
 
-APPEND_ONLY: Final = (*FEED_TABLES, feedback_target, feedback_policy)
+APPEND_ONLY: Final = (*FEED_TABLES, feedback_target, feedback_policy, lineage)
 """The tables on which triggers refuse UPDATE and DELETE."""

@@ -183,6 +183,11 @@ class Store:
         with self.transaction() as transaction:
             transaction.add_policy_event(policy_id, event, detail)
 
+    def add_lineage(self, policy_id: str, feedback_ids: Iterable[str]) -> Added:
+        """As :meth:`Transaction.add_lineage`, in a transaction of its own."""
+        with self.transaction() as tx:
+            return tx.add_lineage(policy_id, feedback_ids)
+
     def withdraw(self, feedback_id: str, *, by: str, reason: str = "") -> None:
         """See :meth:`Transaction.withdraw`."""
         with self.transaction() as transaction:
@@ -351,6 +356,18 @@ class Store:
             PolicyEvent(cursor, policy, event, json.loads(detail), at)
             for cursor, policy, event, detail, at in self._fetch(statement)
         ]
+
+    def lineage(self, policy_id: str) -> list[str]:
+        """Ids of the judgements that a policy version was trained on, sorted; empty when none are known."""
+        columns = schema.lineage.c
+        statement = select(columns.feedback_id).where(columns.policy_id == policy_id)
+        return [row[0] for row in self._fetch(statement.order_by(columns.feedback_id))]
+
+    def shaped(self, feedback_id: str) -> list[str]:
+        """Ids of the policy versions that were trained on a judgement."""
+        columns = schema.lineage.c
+        statement = select(columns.policy_id).where(columns.feedback_id == feedback_id)
+        return [row[0] for row in self._fetch(statement.order_by(columns.policy_id))]
 
     def import_state(self, key: str) -> dict[str, Any] | None:
         """What :meth:`set_import_state` last stored under ``key``."""

@@ -19,7 +19,7 @@ from sqlalchemy import ARRAY, Column, Connection, Table, Text, any_, cast, inser
 from sqlalchemy.dialects import postgresql, sqlite
 
 from corrigible.errors import BadInputError
-from corrigible.records import Episode, Feedback, Item, PolicyVersion, Record, now_us
+from corrigible.records import Episode, Feedback, Item, PolicyVersion, Record, TrainedOn, now_us
 from corrigible.store import schema
 
 Row = tuple[Any, ...]
@@ -176,6 +176,33 @@ class Transaction:
             )
         text = _json_text(detail or {}, "the event's detail")
         self._insert(schema.policy_event, [(self._next(), self._at, policy_id, event, text)])
+
+    def add_lineage(self, policy_id: str, feedback_ids: Iterable[str]) -> Added:
+        """Write down which judgements a policy version was trained on; once, and all of them.
+
+        Raises:
+            BadInputError: the version is not in the store or says that it was trained on other records,
+                or another list was written for it before.
+        """
+        columns = schema.policy.c
+        text = self._connection.execute(select(columns.record).where(columns.id == policy_id)).scalar()
+        if text is None:
+            raise BadInputError(f"There is no policy version {policy_id}.", advice="Add it with add_policies.")
+        stated = PolicyVersion.from_json(text).trained_on
+        ids = sorted(set(feedback_ids))
+        found = TrainedOn.of(ids)
+        if stated is None or stated.feedback_digest != found.feedback_digest:
+            raise BadInputError(
+                f"The lineage of {policy_id} has {found.feedback} records; the version itself states "
+                f"{'none' if stated is None else f'{stated.feedback}, or others'}.",
+                advice="Pass the ids that trained_on was made from.",
+            )
+        held = select(schema.lineage.c.feedback_id).where(schema.lineage.c.policy_id == policy_id)
+        if self._connection.execute(held.limit(1)).first() is not None:
+            return Added(0, len(ids))
+        for begin in range(0, len(ids), _BATCH):
+            self._insert(schema.lineage, [(policy_id, one) for one in ids[begin : begin + _BATCH]])
+        return Added(len(ids), 0)
 
     def set_import_state(self, key: str, state: dict[str, Any]) -> None:
         """Remember how far an import has come, together with what this transaction adds.
