@@ -88,6 +88,7 @@ def test_each_recipe_is_about_a_page() -> None:
         assert len(part.splitlines()) <= 130, part.splitlines()[0]
 
 
+@pytest.mark.weights
 def test_readme_example_runs(repository: Path, tmp_path: Path) -> None:
     text = (repository / "README.md").read_text(encoding="utf-8")
     section = text.partition("## In ten lines")[2].partition("\n## ")[0]
