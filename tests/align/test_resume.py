@@ -18,6 +18,7 @@ import torch
 
 from corrigible.align import ALGORITHMS, DPOConfig, PairSource, TrainConfig, Trainer, train_dpo
 from corrigible.align.checkpoint import load_latest
+from corrigible.align.shared_prompt import RowScorer
 from corrigible.errors import BadInputError, Interrupted, StorageError
 from corrigible.events import Alert, EventBus, use_bus
 from corrigible.records import PolicyVersion
@@ -194,18 +195,18 @@ def test_an_interrupt_within_a_step_undoes_that_step(
 def test_an_interrupt_while_the_reference_is_scored_keeps_what_was_scored(
     tmp_path: Path, make_policy: Callable, make_pairs: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import corrigible.align.reference as module
+    plain, calls, cut = RowScorer.__call__, [], []
 
-    plain, calls, cut = module.token_logprobs, [], []
-
-    def interrupted(*args: object, **options: object) -> object:
+    def interrupted(self: RowScorer, *args: object, grad: bool = False) -> object:
+        if grad:  # a training step
+            return plain(self, *args, grad=grad)
         calls.append(1)
         if len(calls) == 3 and not cut:
             cut.append(True)
             os.kill(os.getpid(), signal.SIGINT)
-        return plain(*args, **options)
+        return plain(self, *args)
 
-    monkeypatch.setattr(module, "token_logprobs", interrupted)
+    monkeypatch.setattr(RowScorer, "__call__", interrupted)
     with pytest.raises(Interrupted, match="what was scored is kept"):
         train(tmp_path / "cut", make_policy, make_pairs)
     assert len(calls) == 3

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from corrigible.align import PairSource, TrainConfig, Unusable, reference_logprobs, train_dpo
 from corrigible.align.reference import micro_batches
+from corrigible.align.shared_prompt import RowScorer
 from corrigible.errors import BadInputError
 from corrigible.events import Alert, EventBus, use_bus
 from corrigible.models import LanguagePolicy, generate, sequence_logprobs, to_episode
@@ -164,8 +165,6 @@ def test_what_a_policy_sampled_is_trained_on_as_it_was_sampled(
     tmp_path: Path, policy: LanguagePolicy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Random bytes are rarely valid UTF-8: decoded and encoded again they are other tokens."""
-    import corrigible.align.reference as module
-
     with Store.open(tmp_path / "s.db") as store:
         version = _judged(policy, store)
         pairs = load_pairs(store)
@@ -185,7 +184,7 @@ def test_what_a_policy_sampled_is_trained_on_as_it_was_sampled(
 
     # Recorded at sampling = computed now; and when they are used nothing is computed.
     computed = reference_logprobs(policy, source.examples)
-    monkeypatch.setattr(module, "token_logprobs", lambda *a, **k: pytest.fail("computed again"))
+    monkeypatch.setattr(RowScorer, "__call__", lambda *a, **k: pytest.fail("computed again"))
     reused = reference_logprobs(policy, source.examples, behaviour_weights={version.id: version.weights})
     assert computed.keys() == reused.keys()
     assert all(torch.allclose(computed[key], reused[key], atol=1e-4) for key in computed)

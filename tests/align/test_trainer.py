@@ -25,6 +25,7 @@ from corrigible.align import (
     learning_rate,
     reference_logprobs,
 )
+from corrigible.align.shared_prompt import RowScorer
 from corrigible.align.sources import row_key
 from corrigible.errors import BadInputError, NumericsError
 from corrigible.events import Alert, EventBus, Metric
@@ -61,11 +62,12 @@ def plain_logps(policy: LanguagePolicy, row: Rendered) -> torch.Tensor:
 # -- gradients ------------------------------------------------------------------------------------
 
 
-def gradient(trainer: Trainer, examples: list[PairExample], how: str) -> torch.Tensor:
+def gradient(trainer: Trainer, examples: list[PairExample], how: str, share: bool = True) -> torch.Tensor:
     trainer._clear_gradients()
     longest = max(2 * max(len(row) for row in e.rows) for e in examples)
     budget = {"one by one": 1, "all at once": 1 << 30, "ragged": 2 * longest + longest // 2}[how]
-    trainer.config = trainer.config.model_copy(update={"micro_batch_tokens": budget})
+    trainer.config = trainer.config.model_copy(update={"micro_batch_tokens": budget, "share_prompts": share})
+    trainer.score = None
     trainer.accumulate(examples)
     return torch.cat([p.grad.flatten().double() for p in trainer.parameters.values() if p.grad is not None])
 
@@ -108,9 +110,11 @@ def same(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 @pytest.mark.parametrize("how", ["one by one", "all at once", "ragged"])
-def test_the_gradient_does_not_depend_on_how_the_batch_is_cut(batch: tuple, how: str) -> None:
+@pytest.mark.parametrize("share", [True, False], ids=["prompt once", "prompt twice"])
+def test_the_gradient_does_not_depend_on_how_the_batch_is_cut(batch: tuple, how: str, share: bool) -> None:
     trainer, examples = batch
-    assert same(gradient(trainer, examples, how), plain_gradient(trainer, examples))
+    assert same(gradient(trainer, examples, how, share), plain_gradient(trainer, examples))
+    assert trainer.score is not None and trainer.score.share is share
 
 
 @pytest.mark.parametrize("how", ["one by one", "ragged"])
@@ -253,10 +257,14 @@ def test_the_reference_is_not_touched_by_training(
 def test_the_reference_is_cached_by_weights(
     policy: LanguagePolicy, source: PairSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import corrigible.align.reference as module
-
     calls: list[int] = []
-    monkeypatch.setattr(module, "token_logprobs", lambda *a, **k: calls.append(1) or token_logprobs(*a, **k))
+    plain = RowScorer.__call__
+
+    def counted(self: RowScorer, *given: object, **options: object) -> object:
+        calls.append(1)
+        return plain(self, *given, **options)
+
+    monkeypatch.setattr(RowScorer, "__call__", counted)
     cache = tmp_path / "reference.safetensors"
     first = reference_logprobs(policy, source.examples, cache=cache)
     assert calls
@@ -374,7 +382,7 @@ def test_nan_weights_are_met_in_the_reference_pass(
 ) -> None:
     with torch.no_grad():
         next(policy.model.parameters()).fill_(float("nan"))
-    with pytest.raises(NumericsError, match="not finite"):
+    with pytest.raises(NumericsError, match=r"not.finite"):
         trainer_of(policy, source, tmp_path, steps=1).train()
 
 
@@ -394,6 +402,14 @@ def test_ids_outside_the_vocabulary_are_refused(
     foreign = dataclasses.replace(row, ids=(*row.ids[:-1], 5000))
     source.examples[3] = dataclasses.replace(example, rows=(foreign, example.rows[1]))
     with pytest.raises(BadInputError, match=r"vocabulary_mismatch.*5000"):
+        trainer_of(policy, source, tmp_path)
+
+
+def test_rows_longer_than_the_context_are_refused(
+    policy: LanguagePolicy, source: PairSource, tmp_path: Path
+) -> None:
+    policy.network.config.max_position_embeddings = 40
+    with pytest.raises(BadInputError, match=r"context_overflow.*40"):
         trainer_of(policy, source, tmp_path)
 
 

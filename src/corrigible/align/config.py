@@ -38,6 +38,9 @@ class TrainConfig(BaseModel):
         "start",
         description="What the policy is held near: itself at the `start`, or its `base` without adapter.",
     )
+    share_prompts: bool = Field(
+        True, description="Compute a prompt once for all its responses, where the model allows it."
+    )
     seed: int = Field(0, ge=0, description="Of anything random while training.")
     checkpoint_every: int = Field(25, ge=1, description="Steps between checkpoints.")
 

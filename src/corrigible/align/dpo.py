@@ -19,7 +19,6 @@ from corrigible.models import LanguagePolicy, load_policy
 from corrigible.records import Episode, PolicyVersion, TrainedOn
 from corrigible.store import Pair, Store, load_pairs
 
-
 LINEAGE = "trained_on.txt"
 """File in the run's folder: ids of the judgements behind the training pairs, one a line."""
 
@@ -139,6 +138,11 @@ def train_dpo(
         scores=scores,
     )
     return _keep(out / "policy.json", version, result)
+
+
+def lineage(out: str | Path) -> list[str]:
+    """Ids of the judgements that the run in ``out`` was trained on, sorted."""
+    return (Path(out) / LINEAGE).read_text(encoding="utf-8").split()
 
 
 def trained_on(source: PairSource) -> TrainedOn:

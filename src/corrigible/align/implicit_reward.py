@@ -7,15 +7,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from corrigible.align.config import ReferenceMode
-from corrigible.align.reference import UNSPLIT, ReferenceLogprobs, micro_batches, reference_logprobs
+from corrigible.align.reference import ReferenceLogprobs, micro_batches, reference_logprobs
+from corrigible.align.shared_prompt import RowScorer
 from corrigible.align.sources import PairSource, row_key
 from corrigible.errors import BadInputError
 from corrigible.events import Metric, Progress, emit
 from corrigible.models import LanguagePolicy
-from corrigible.models.logprobs import sequence_logprobs
 from corrigible.rewards.baselines import accuracy_rows
 from corrigible.rewards.intervals import Estimate, cluster_bootstrap
 from corrigible.rewards.splits import clusters, resolve_rule
@@ -88,16 +89,20 @@ def implicit_reward_accuracy(
         reference = reference_logprobs(
             policy, source.examples, mode=reference, micro_batch_tokens=micro_batch_tokens
         )
-    rows = [row for example in source.examples for row in example.rows]
-    ratios = np.zeros(len(rows))
+    score = RowScorer(policy)
+    examples = source.examples
+    ratios = np.zeros((len(examples), 2))
     done = 0
-    for batch in micro_batches([len(row) for row in rows], micro_batch_tokens):
-        scores = sequence_logprobs(policy, [rows[i] for i in batch], token_budget=UNSPLIT)
-        for index, score in zip(batch, scores.double().tolist(), strict=True):
-            ratios[index] = score - float(reference[row_key(rows[index])].double().sum())
-        done += len(batch)
-        emit(Progress(task="implicit reward", done=done, total=len(rows), unit="row"))
-    margins = beta * (ratios[0::2] - ratios[1::2])
+    with torch.inference_mode():
+        for batch in micro_batches([score.size(example.rows) for example in examples], micro_batch_tokens):
+            scores = iter(score([examples[i].rows for i in batch]))
+            for index in batch:
+                for side, row in enumerate(examples[index].rows):
+                    policy_logp = float(next(scores).double().sum())
+                    ratios[index, side] = policy_logp - float(reference[row_key(row)].double().sum())
+            done += len(batch)
+            emit(Progress(task="implicit reward", done=done, total=len(examples), unit="pair"))
+    margins = beta * (ratios[:, 0] - ratios[:, 1])
     right = accuracy_rows(margins, np.array([example.p_chosen for example in source.examples]))
     decided = np.isfinite(right)
     if not decided.any():

@@ -9,7 +9,7 @@ left on is not a mistake that can be made later.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -18,14 +18,11 @@ from torch import Tensor
 
 from corrigible.align.checkpoint import write_atomically
 from corrigible.align.config import ReferenceMode
+from corrigible.align.shared_prompt import RowScorer, prompt_of
 from corrigible.align.sources import Example, PairExample, row_key
 from corrigible.errors import BadInputError, NumericsError
 from corrigible.events import Alert, Message, Progress, emit
 from corrigible.models import LanguagePolicy, Rendered
-from corrigible.models.logprobs import token_logprobs
-
-UNSPLIT = 1 << 40
-"""The token budget of batches that were cut here already."""
 
 ReferenceLogprobs = dict[bytes, Tensor]
 """By :func:`~corrigible.align.sources.row_key`, log-probs of a row's scored tokens, ``(tokens,)`` float32."""
@@ -75,6 +72,7 @@ def reference_logprobs(
     micro_batch_tokens: int = 4096,
     cache: Path | None = None,
     behaviour_weights: Mapping[str, str] | None = None,
+    share_prompts: bool = True,
     check_stop: Callable[[], None] = lambda: None,
 ) -> ReferenceLogprobs:
     """Log-probs of every row of ``examples`` under the reference, each distinct row once.
@@ -88,6 +86,7 @@ def reference_logprobs(
         cache: file to keep the result in; only used again for the same weights and rows.
         behaviour_weights: sha256 of the weights of policy versions, by id. A row sampled by a
             version whose weights are exactly the reference's takes its recorded log-probs.
+        share_prompts: compute a prompt once for all its responses, where the model allows it.
         check_stop: called between forward passes; may raise. What is done by then is kept in ``cache``.
 
     Raises:
@@ -99,35 +98,52 @@ def reference_logprobs(
     weights = reference_weights(policy, mode)
     known = _recorded(examples, weights, behaviour_weights or {})
     recorded = len(known)
-    todo = [(key, row) for key, row in rows.items() if key not in known]
+    todo = {key: row for key, row in rows.items() if key not in known}
     if cache is not None:
         known |= _read_cache(cache, weights)
 
-    batches = micro_batches([len(row) for _, row in todo], micro_batch_tokens)
-    done = 0
     without = policy.has_adapter and _without_adapter(policy, mode)
     disabled = policy.adapter_disabled() if without else nullcontext()
     policy.model.eval()
+    done = 0
     try:
         with torch.inference_mode(), disabled:
-            for batch in batches:
-                keys = [todo[i][0] for i in batch]
+            score = RowScorer(policy, share=share_prompts)
+            groups = _by_prompt(todo, score, micro_batch_tokens)
+            sizes = [score.size([todo[key] for key in group]) for group in groups]
+            for batch in micro_batches(sizes, micro_batch_tokens):
+                keys = [key for i in batch for key in groups[i]]
                 # Whole batches are skipped or computed: a resumed pass has the same bits as an
                 # uninterrupted one only if its batches are the same.
                 if not all(key in known for key in keys):
                     check_stop()
-                    scores = token_logprobs(policy, [todo[i][1] for i in batch], token_budget=UNSPLIT)
-                    for key, score in zip(keys, scores, strict=True):
-                        known[key] = score.detach().to("cpu", torch.float32)
-                done += len(batch)
+                    scores = score([[todo[key] for key in groups[i]] for i in batch])
+                    for key, values in zip(keys, scores, strict=True):
+                        known[key] = values.detach().to("cpu", torch.float32)
+                done += len(keys)
                 emit(Progress(task="reference log-probs", done=done, total=len(todo), unit="row"))
     finally:
         if cache is not None and todo:
-            _write_cache(cache, weights, {key: known[key] for key, _ in todo if key in known})
+            _write_cache(cache, weights, {key: known[key] for key in todo if key in known})
     if recorded:
         emit(Message(text=f"{recorded} of {len(rows)} reference log-probs were recorded at sampling."))
     _check(rows, known)
     return {key: known[key] for key in rows}
+
+
+def _by_prompt(rows: Mapping[bytes, Rendered], score: RowScorer, token_budget: int) -> list[list[bytes]]:
+    """Rows to score together: all responses to one prompt, as many as a forward pass holds."""
+    if not score.share:
+        return [[key] for key in rows]
+    open_groups: dict[tuple[Hashable, ...], list[bytes]] = {}
+    groups: list[list[bytes]] = []
+    for key, row in rows.items():
+        group = open_groups.get(prompt_of(row))
+        if group is None or score.size([*(rows[k] for k in group), row]) > token_budget:
+            group = open_groups[prompt_of(row)] = []
+            groups.append(group)
+        group.append(key)
+    return groups
 
 
 def _recorded(

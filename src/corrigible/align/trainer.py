@@ -40,17 +40,16 @@ from corrigible.align.checkpoint import (
 from corrigible.align.config import TrainConfig, learning_rate
 from corrigible.align.interrupts import Stopped, stop_signals
 from corrigible.align.reference import (
-    UNSPLIT,
     ReferenceLogprobs,
     micro_batches,
     reference_logprobs,
 )
 from corrigible.align.registry import Algorithm, AlgorithmConfig, ScoredExamples
+from corrigible.align.shared_prompt import RowScorer
 from corrigible.align.sources import Example, PairSource, row_key
 from corrigible.errors import BadInputError, Interrupted, NumericsError
 from corrigible.events import Alert, Artefact, EventBus, Message, Metric, Progress, current_bus, emit, use_bus
 from corrigible.models import LanguagePolicy
-from corrigible.models.logprobs import token_logprobs
 
 
 @dataclass(frozen=True)
@@ -128,6 +127,7 @@ class Trainer:
         self.resume_hint = resume_hint
         self.bus = bus or current_bus()
         self.reference: ReferenceLogprobs | None = None
+        self.score: RowScorer | None = None
         self.parameters = {name: p for name, p in policy.model.named_parameters() if p.requires_grad}
         if not self.parameters:
             raise BadInputError(
@@ -240,17 +240,18 @@ class Trainer:
             NumericsError: ``loss_not_finite``, or whatever the objective finds.
         """
         denominator = sum(example.weight for example in examples)
-        # All rows of an example go together; the padded size of an example is its longest row's.
-        sizes = [len(example.rows) * max(len(row) for row in example.rows) for example in examples]
+        if self.score is None:
+            self.score = RowScorer(self.policy, share=self.config.share_prompts)
+        sizes = [self.score.size(example.rows) for example in examples]
         metrics: dict[str, float] = {}
         for batch in micro_batches(sizes, self.config.micro_batch_tokens):
             self._stop()
             chosen = [examples[i] for i in batch]
-            rows = [row for example in chosen for row in example.rows]
-            scores = token_logprobs(self.policy, rows, grad=True, token_budget=UNSPLIT)
+            scores = self.score([example.rows for example in chosen], grad=True)
             reference = None
             if self.reference is not None:
                 known = self.reference
+                rows = [row for example in chosen for row in example.rows]
                 reference = [known[row_key(row)].to(scores[0].device) for row in rows]
             output = self.algorithm.objective(
                 ScoredExamples(chosen, scores, reference, denominator), self.algorithm_config
@@ -355,6 +356,7 @@ class Trainer:
                 micro_batch_tokens=self.config.micro_batch_tokens,
                 cache=self.out / "reference.safetensors",
                 behaviour_weights=self.behaviour_weights,
+                share_prompts=self.config.share_prompts,
                 check_stop=self._stop,
             )
         except Stopped as stopped:
@@ -461,6 +463,13 @@ def _check_vocabulary(
         raise BadInputError(
             f"vocabulary_mismatch: the data holds token id {highest}, the policy knows {size} tokens.",
             advice="Render the pairs with this policy's own renderer.",
+        )
+    longest = max((len(row) for example in source.examples for row in example.rows), default=0)
+    context = min(each.context_length for each in (policy, reference_policy) if each is not None)
+    if longest > context:
+        raise BadInputError(
+            f"context_overflow: a row of the data is {longest} tokens long, the model reads {context}.",
+            advice=f"Render the pairs with max_length={context} or less.",
         )
     if reference_policy is None:
         return
