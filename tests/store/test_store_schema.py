@@ -19,7 +19,7 @@ from sqlalchemy.exc import DBAPIError
 from store_examples import episode, policy, vote, votes
 
 from corrigible.errors import BadInputError, StorageError
-from corrigible.records import PolicyRef
+from corrigible.records import PolicyRef, TrainedOn
 from corrigible.store import Store, schema
 
 
@@ -36,11 +36,12 @@ def fill(store: Store) -> None:
     """At least one row in every table."""
     refs = (PolicyRef(snapshot="v1"), PolicyRef(snapshot="v2"))
     record, items = vote(1, policy=refs)
-    version = policy("demo")
+    version = policy("demo", trained_on=TrainedOn.of([record.id]))
     store.add_feedback([record], items)
     store.add_episodes([episode(1)])
     store.add_policies([version])
     store.add_policy_event(version.id, "created")
+    store.add_lineage(version.id, [record.id])
     store.withdraw(record.id, by="ada")
     store.set_import_state("file", {"line": 1})
 
@@ -106,6 +107,25 @@ def test_opening_again_keeps_everything(url: str, tmp_path: Path) -> None:
     with Store.open(url, blobs=tmp_path, create=False) as store:
         assert dump(store) == before
         assert str(tmp_path) in str(store.blobs.root)
+
+
+def test_a_store_of_the_first_revision_is_brought_to_head_with_all_it_holds(
+    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("corrigible.store.database.HEAD", "0001")
+    record, items = vote(1)
+    version = policy("demo", trained_on=TrainedOn.of([record.id]))
+    with Store.open(url, blobs=tmp_path) as store:
+        assert "lineage" not in inspect(engine_of(store)).get_table_names()
+        store.add_feedback([record], items)
+        store.add_policies([version])
+    monkeypatch.undo()
+    with Store.open(url, blobs=tmp_path, create=False) as store:
+        assert store.feedback_record(record.id) == record
+        assert store.lineage(version.id) == []
+        store.add_lineage(version.id, [record.id])
+        assert store.lineage(version.id) == [record.id]
+        assert store.shaped(record.id) == [version.id]
 
 
 def test_a_store_of_a_newer_corrigible_is_left_alone(url: str, tmp_path: Path) -> None:

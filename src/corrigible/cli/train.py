@@ -117,6 +117,7 @@ def dpo(
         from pydantic import ValidationError
 
         from corrigible.align import DPOConfig, TrainConfig, train_dpo
+        from corrigible.align.dpo import lineage
         from corrigible.loop.registry import Registry
         from corrigible.store import Store, load_pairs
         from corrigible.store.formats import import_file
@@ -164,7 +165,7 @@ def dpo(
                 resume=resume,
                 resume_hint=_resume_command(ctx),
             )
-            Registry(opened).register(version)
+            Registry(opened).register(version, trained_on=lineage(out))
             length = _length_only(sides) if sides.test else None
             where = opened.url
     if json:

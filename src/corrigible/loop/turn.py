@@ -281,7 +281,7 @@ class Turn:
         pairs: list[Pair],
     ) -> PolicyVersion:
         from corrigible.align import DPOConfig, TrainConfig, train_dpo
-        from corrigible.align.dpo import LINEAGE
+        from corrigible.align.dpo import lineage
 
         config = TrainConfig(
             epochs=self.config.epochs,
@@ -303,8 +303,7 @@ class Turn:
             resume=(self.out / "policy" / "checkpoints").exists(),
             resume_hint="Run the same command again: it goes on from here.",
         )
-        ids = (self.out / "policy" / LINEAGE).read_text(encoding="utf-8").split()
-        return registry.register(version, trained_on=ids)
+        return registry.register(version, trained_on=lineage(self.out / "policy"))
 
     def _history(self) -> dict[str, list[float]]:
         lines = (self.out / "policy" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()

@@ -184,8 +184,8 @@ class Transaction:
             BadInputError: the version is not in the store or says that it was trained on other records,
                 or another list was written for it before.
         """
-        columns = schema.policy.c
-        text = self._connection.execute(select(columns.record).where(columns.id == policy_id)).scalar()
+        known = select(schema.policy.c.record).where(schema.policy.c.id == policy_id)
+        text = self._connection.execute(known).scalar()
         if text is None:
             raise BadInputError(f"There is no policy version {policy_id}.", advice="Add it with add_policies.")
         stated = PolicyVersion.from_json(text).trained_on
