@@ -273,11 +273,11 @@ def test_layouts_and_where_the_response_is(encoder: MakeBackbone) -> None:
 def test_the_prompts_beginning_is_cut_first_and_counted(encoder: MakeBackbone) -> None:
     config = replace(FROZEN, text="prompt+response", max_length=40)
     reader = encoder()
-    [[row]] = rows_for(reader, config, "start " + "x" * 40 + " end", "answer")
+    [[row]] = rows_for(reader, config, "begin " + "x" * 40 + " end", "answer")
     text = reader.tokenizer.decode
     assert len(row.ids) == 40 and row.cut > 0
     assert text(row.ids[row.start : row.end]) == "answer"
-    assert "end" in text(row.ids[: row.start]) and "start" not in text(row.ids[: row.start])
+    assert "end" in text(row.ids[: row.start]) and "begin" not in text(row.ids[: row.start])
     [[long]] = rows_for(reader, config, "ask", "y" * 100)
     assert len(long.ids) <= 40 and long.cut >= 60 and text(long.ids[long.start : long.end]).startswith("yyy")
 

@@ -19,7 +19,7 @@ from corrigible.errors import BadInputError, StorageError
 from corrigible.rewards.backbones import Backbone, Example
 from corrigible.rewards.config import RewardConfig
 
-PIECE = 256
+PIECE = 64
 READ_BY = ("text", "pooling", "layers", "features", "max_length")
 
 
