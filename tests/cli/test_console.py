@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from rich.text import Text
 from typer.testing import CliRunner
 
 from corrigible import errors
-from corrigible.cli import EXIT_CODES, _Group, app, as_corrigible_error
+from corrigible.cli import EXIT_CODES, ORDER, _Group, app, as_corrigible_error
 from corrigible.cli.console import Json, ask, examples, print_json, progress_bus
 from corrigible.errors import CorrigibleError
 from corrigible.events import Metric, emit, track
@@ -63,6 +64,12 @@ def test_every_command_has_help_with_an_example(words: tuple[str, ...]) -> None:
     assert result.exit_code == 0
     assert "Examples" in result.stdout, "add epilog=examples(...) to the command"
     assert f"corrigible {' '.join(words)}" in result.stdout.partition("Examples")[2]
+
+
+def test_the_commands_are_those_of_the_loop_in_its_order() -> None:
+    result = CliRunner().invoke(app, ["--help"], env={"COLUMNS": "200"})
+    shown = re.findall(r"^│ ([a-z]+) ", result.stdout, re.MULTILINE)
+    assert tuple(shown) == ORDER
 
 
 def test_no_arguments_shows_help() -> None:

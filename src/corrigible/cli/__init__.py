@@ -174,17 +174,8 @@ def _root(
         os.environ["CORRIGIBLE_TRACK"] = ",".join(track)
 
 
-def _register_all() -> None:
-    for name in MODULES:
-        module = f"corrigible.cli.{name}"
-        try:
-            importlib.import_module(module).register(app)
-        except ModuleNotFoundError as error:
-            if not (error.name or "").startswith("corrigible"):
-                raise
-
-
-_register_all()
+for _name in MODULES:
+    importlib.import_module(f"corrigible.cli.{_name}").register(app)
 
 
 def main() -> None:
