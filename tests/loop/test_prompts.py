@@ -45,7 +45,11 @@ def test_files_of_one_s_own(tmp_path):
         ("e.txt", b"\n\n", "holds no prompt"),
         ("b.jsonl", b'{"prompt": "a"}\n{oops\n', "line 2 is not JSON"),
         ("c.jsonl", b'{"text": "a"}\n', 'line 1 has no text under "prompt"'),
-        ("d.jsonl", b'{"id": "x", "prompt": "a"}\n{"id": "x", "prompt": "b"}\n', "line 2: the id x came before"),
+        (
+            "d.jsonl",
+            b'{"id": "x", "prompt": "a"}\n{"id": "x", "prompt": "b"}\n',
+            "line 2: the id x came before",
+        ),
         ("f.txt", b"caf\xe9\n", "not a UTF-8 text file"),
     ],
 )

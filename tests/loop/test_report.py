@@ -26,7 +26,10 @@ TURN = {
     "versions": {"torch": "x"},
     "machine": {"cpus": 2},
     "gate": {"min_win_rate": 0.5},
-    "verdict": {"decision": "promote", "checks": [{"name": "win rate", "passed": True, "detail": "clears it"}]},
+    "verdict": {
+        "decision": "promote",
+        "checks": [{"name": "win rate", "passed": True, "detail": "clears it"}],
+    },
     "policies": {"start": {**POLICY, "name": "demo-v1"}, "candidate": POLICY},
     "panel": [
         {
@@ -101,7 +104,10 @@ def test_ids_of_the_figures_do_not_collide():
 
 def test_a_refusal_looks_like_one():
     turn = copy.deepcopy(TURN)
-    turn["verdict"] = {"decision": "refuse", "checks": [{"name": "x", "passed": False, "detail": "too close"}]}
+    turn["verdict"] = {
+        "decision": "refuse",
+        "checks": [{"name": "x", "passed": False, "detail": "too close"}],
+    }
     html = render_report(turn)
     assert "Not promoted" in html and "too close" in html
 

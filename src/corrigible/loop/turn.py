@@ -9,28 +9,24 @@ folder: answers, judgements and training steps that are on disk are not made twi
 from __future__ import annotations
 
 import json
-import platform
 import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
 
 from corrigible.collect.gold import GoldPreference, GoldSignal, HouseStyle
 from corrigible.collect.simulated import Panel
 from corrigible.errors import BadInputError
 from corrigible.events import Artefact, Message, Metric, emit
-from corrigible.loop.gate import Gate, Verdict
+from corrigible.loop.gate import Gate
 from corrigible.loop.memory import peak_rss_mb
 from corrigible.loop.prompts import Prompt, household, split
+from corrigible.loop.record import rate, turn_record, write, write_json
 from corrigible.loop.registry import Registry
-from corrigible.records import Comparison, Episode, Feedback, PolicyVersion, Sampling, new_id
+from corrigible.records import Episode, Feedback, PolicyVersion, Sampling, new_id
 from corrigible.store import Pair, Store, load_pairs
 
 if TYPE_CHECKING:
@@ -172,7 +168,8 @@ class Turn:
                     store.add_episodes(episodes)
                 registry.decide(candidate, verdict, {"evaluation": evaluation.to_dict()})
                 note("promoted" if verdict.promoted else "refused")
-            turn = self._record(
+            turn = turn_record(
+                self,
                 store,
                 policy,
                 start,
@@ -187,7 +184,7 @@ class Turn:
             )
         turn["seconds"] = time.monotonic() - started + self.state.get("seconds_before", 0.0)
         turn["peak_rss_mb"] = peak_rss_mb()
-        return self._write(turn)
+        return write(self.out, turn)
 
     # -- stages ---------------------------------------------------------------------------------
 
@@ -224,7 +221,8 @@ class Turn:
         return len(episodes)
 
     def _collect(self, store: Store) -> list[Feedback]:
-        if not self.state.get("collected"):
+        # The judgements are added in one transaction: all of them are there, or none.
+        if not store.count_feedback(campaign=self.config.name):
             result = self.panel.judge_episodes(
                 list(store.episodes(task="act")),
                 pairs_per_prompt=self.config.pairs_per_prompt,
@@ -232,7 +230,6 @@ class Turn:
                 campaign_id=self.config.name,
             )
             store.add_feedback(result.records, result.items)
-            self._remember(collected=True)
         return list(store.feedback(campaign=self.config.name))
 
     def _model(self, pairs: list[Pair]) -> tuple[RewardModel, dict[str, Any]]:
@@ -255,11 +252,11 @@ class Turn:
         accuracy = judged.accuracy
         emit(Metric(name="reward/accuracy", value=accuracy.value, interval=(accuracy.low, accuracy.high)))
         return reward, {
-            "accuracy": _rate(accuracy.value, accuracy.low, accuracy.high, accuracy.n),
+            "accuracy": rate(accuracy.value, accuracy.low, accuracy.high, accuracy.n),
             "baselines": [
                 {
                     "name": name,
-                    **_rate(found.accuracy.value, found.accuracy.low, found.accuracy.high, found.accuracy.n),
+                    **rate(found.accuracy.value, found.accuracy.low, found.accuracy.high, found.accuracy.n),
                 }
                 for name, found in judged.baselines.items()
             ],
@@ -324,20 +321,23 @@ class Turn:
 
         prompts = [prompt.messages(self.config.system) for prompt in self.held_out]
 
-        def answer(version: PolicyVersion, task: str, asked: list[Any], sampling: Sampling) -> list[Episode]:
+        def answer(
+            version: PolicyVersion, task: str, asked: Sequence[Any], sampling: Sampling, variant: str = ""
+        ) -> list[Episode]:
             return sample_episodes(
                 policy,
                 asked,
                 sampling=sampling,
                 seed=self.config.seed + 1,
                 policy_version=version.id,
+                variant=variant,
                 task=task,
                 keep=self.out / "work" / f"{task}-{version.name}.jsonl",
                 label=f"answering as {version.name}",
             )
 
         with policy.adapter_disabled():
-            before = answer(start, "evaluate", prompts, self.config.sampling())
+            before = answer(start, "evaluate", prompts, self.config.sampling(), "adapter disabled")
         after = answer(candidate, "evaluate", prompts, self.config.sampling())
         # The divergence is an expectation under plain sampling, so it gets plain samples of its own.
         plain = Sampling(max_tokens=self.config.max_tokens)
@@ -355,158 +355,6 @@ class Turn:
             seed=self.config.seed,
         )
         return evaluation, (before, after)
-
-    # -- the record -----------------------------------------------------------------------------
-
-    def _record(
-        self,
-        store: Store,
-        policy: LanguagePolicy,
-        start: PolicyVersion,
-        candidate: PolicyVersion,
-        records: list[Feedback],
-        reward: RewardModel,
-        reward_record: dict[str, Any],
-        training: dict[str, list[float]],
-        evaluation: Evaluation,
-        sides: tuple[list[Episode], list[Episode]],
-        verdict: Verdict,
-    ) -> dict[str, Any]:
-        before, after = sides
-        proxy = [reward.score(list(side)).values for side in sides]
-        rates = list(evaluation.win_rates.values())
-        return {
-            "title": f"One turn of the loop: {self.config.name}",
-            "created_at": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-            "store": str(self.out / "store.db"),
-            "settings": asdict(self.config),
-            "gate": asdict(self.gate),
-            "verdict": {"decision": verdict.decision, "checks": [asdict(check) for check in verdict.checks]},
-            "policies": {"start": start.to_json(), "candidate": candidate.to_json()},
-            "panel": self._panel_table(store, records),
-            "reward": reward_record,
-            "training": training,
-            "evaluation": {
-                "win_rate": _rate(rates[0].value, *rates[0].interval, rates[0].prompts),
-                "gold_win_rate": _rate(rates[1].value, *rates[1].interval, rates[1].prompts),
-                "proxy_win_rate": _rate(rates[2].value, *rates[2].interval, rates[2].prompts),
-                "position_effect": rates[0].position_effect.to_dict(),
-                "kl": {
-                    "value": evaluation.kl.value,
-                    "low": evaluation.kl.interval[0],
-                    "high": evaluation.kl.interval[1],
-                    "per_token": evaluation.kl.per_token.value,
-                }
-                if evaluation.kl
-                else None,
-                "length": {
-                    "start": evaluation.length.baseline.value,
-                    "candidate": evaluation.length.candidate.value,
-                },
-                "table": [
-                    {
-                        "name": f"{label}",
-                        "start": side.baseline.value,
-                        "candidate": side.candidate.value,
-                        "difference": side.difference.value,
-                        "low": side.difference.low,
-                        "high": side.difference.high,
-                    }
-                    for label, side in (
-                        ("gold score", evaluation.scores["gold"]),
-                        ("proxy reward (nats)", evaluation.scores["proxy"]),
-                        ("length (tokens)", evaluation.length),
-                    )
-                ],
-                "finish": {side: dict(counts) for side, counts in evaluation.finish.items()},
-                "prompts": [
-                    {
-                        "prompt": prompt.text,
-                        "topic": prompt.topic,
-                        "start": old.response_text(),
-                        "candidate": new.response_text(),
-                        "gold_start": self.gold.score(old.prompt_messages(), old.response_text()),
-                        "gold_candidate": self.gold.score(new.prompt_messages(), new.response_text()),
-                        "proxy_start": float(proxy[0][i]),
-                        "proxy_candidate": float(proxy[1][i]),
-                    }
-                    for i, (prompt, old, new) in enumerate(zip(self.held_out, before, after, strict=True))
-                ],
-            },
-            "versions": versions(),
-            "machine": {"cpus": _cpus(), "processor": platform.machine(), "dtype": str(policy.dtype)},
-            "stages": self.stages,
-        }
-
-    def _panel_table(self, store: Store, records: list[Feedback]) -> list[dict[str, Any]]:
-        """Declared against observed, one row per annotator."""
-        texts = {i.sha256: i for i in store.items({t.sha256 for r in records for t in r.targets}).values()}
-        contexts = store.items({r.context for r in records if r.context})
-        rows = []
-        for who in self.panel.annotators:
-            mine = [
-                r for r in records if r.annotator.pseudonym == who.name and isinstance(r.payload, Comparison)
-            ]
-            agreed, first_shown = [], []
-            for record in mine:
-                assert isinstance(record.payload, Comparison)
-                if record.payload.outcome not in ("first", "second") or record.context is None:
-                    continue
-                won = 0 if record.payload.outcome == "first" else 1
-                prompt = contexts[record.context].messages()
-                scores = [self.gold.score(prompt, texts[t.sha256].text or "") for t in record.targets]
-                if scores[0] != scores[1]:
-                    agreed.append(scores[won] > scores[1 - won])
-                if record.presentation is not None:
-                    first_shown.append(record.presentation.order[0] == won)
-            rows.append(
-                {
-                    "name": who.name,
-                    "judgements": len(mine),
-                    "reliability": who.reliability,
-                    "position_bias": who.position_bias,
-                    "length_bias": who.length_bias,
-                    "agreement": float(np.mean(agreed)) if agreed else 0.5,
-                    "first_shown": float(np.mean(first_shown)) if first_shown else 0.5,
-                }
-            )
-        return rows
-
-    def _write(self, turn: dict[str, Any]) -> dict[str, Any]:
-        from corrigible.loop.report import write_report
-
-        evaluation = turn["evaluation"]
-        summary = {
-            "win_rate": evaluation["win_rate"]["value"],
-            "win_rate_interval": [evaluation["win_rate"]["low"], evaluation["win_rate"]["high"]],
-            "verdict": turn["verdict"]["decision"],
-            "reasons": [check["detail"] for check in turn["verdict"]["checks"]],
-            "gold_win_rate": evaluation["gold_win_rate"]["value"],
-            "gold_win_rate_interval": [
-                evaluation["gold_win_rate"]["low"],
-                evaluation["gold_win_rate"]["high"],
-            ],
-            "reward_accuracy": turn["reward"]["accuracy"]["value"],
-            "reward_accuracy_interval": [
-                turn["reward"]["accuracy"]["low"],
-                turn["reward"]["accuracy"]["high"],
-            ],
-            "kl": evaluation["kl"]["value"],
-            "kl_interval": [evaluation["kl"]["low"], evaluation["kl"]["high"]],
-            "mean_length": evaluation["length"],
-            "seconds": round(turn["seconds"], 1),
-            "peak_rss_mb": round(turn["peak_rss_mb"]),
-            "policies": {key: version["id"] for key, version in turn["policies"].items()},
-            "versions": turn["versions"],
-            "settings": turn["settings"],
-        }
-        _write_json(self.out / "turn.json", turn)
-        write_report(turn, self.out / "report.html")
-        emit(Artefact(name="report", path=str(self.out / "report.html")))
-        # Last: its presence says that the turn is complete.
-        _write_json(self.out / "summary.json", summary)
-        emit(Artefact(name="summary", path=str(self.out / "summary.json")))
-        return summary
 
     # -- the folder -----------------------------------------------------------------------------
 
@@ -534,7 +382,7 @@ class Turn:
 
     def _remember(self, **facts: Any) -> None:
         self.state.update(facts)
-        _write_json(self.out / "work" / "state.json", self.state)
+        write_json(self.out / "work" / "state.json", self.state)
 
     @contextmanager
     def _stage(self, name: str) -> Iterator[Any]:
@@ -569,38 +417,9 @@ def clearest(pairs: Sequence[Pair], per_prompt: int) -> list[Pair]:
     by_prompt: dict[str, list[Pair]] = {}
     for pair in pairs:
         if pair.p_chosen != 0.5:
-            by_prompt.setdefault(pair.prompt_ref, []).append(pair)
+            by_prompt.setdefault(pair.prompt_ref or "", []).append(pair)
     chosen = []
     for found in by_prompt.values():
         found.sort(key=lambda pair: (-abs(pair.p_chosen - 0.5), -pair.weight))
         chosen.extend(found[:per_prompt])
     return chosen
-
-
-def versions() -> dict[str, str]:
-    """Versions of what the numbers depend on."""
-    found = {"python": platform.python_version()}
-    for name in ("corrigible", "torch", "transformers", "peft", "numpy", "scikit-learn"):
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found[name] = "not installed"
-    return found
-
-
-def _cpus() -> int:
-    import os
-
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _rate(value: float, low: float, high: float, n: int) -> dict[str, Any]:
-    return {"value": value, "low": low, "high": high, "n": n}
-
-
-def _write_json(path: Path, data: dict[str, Any]) -> None:
-    partial = path.with_suffix(path.suffix + ".partial")
-    partial.write_text(
-        json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8"
-    )
-    partial.replace(path)

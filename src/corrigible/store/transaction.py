@@ -187,7 +187,7 @@ class Transaction:
         known = select(schema.policy.c.record).where(schema.policy.c.id == policy_id)
         text = self._connection.execute(known).scalar()
         if text is None:
-            raise BadInputError(f"There is no policy version {policy_id}.", advice="Add it with add_policies.")
+            raise BadInputError(f"There is no policy version {policy_id}.", advice="Add it first.")
         stated = PolicyVersion.from_json(text).trained_on
         ids = sorted(set(feedback_ids))
         found = TrainedOn.of(ids)
