@@ -8,6 +8,7 @@ import io
 import json
 import os
 import shutil
+import struct
 import tempfile
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
@@ -279,7 +280,7 @@ def _converted(gguf: Path) -> Path:
             f"{gguf.name} could not be converted into {target}: {error}",
             advice="Check the free space (0.6 GB) there, or set CORRIGIBLE_CACHE to another folder.",
         ) from error
-    except (ValueError, KeyError, IndexError, RuntimeError, NotImplementedError) as error:
+    except (ValueError, KeyError, IndexError, RuntimeError, struct.error) as error:
         raise BadInputError(f"{gguf} is no GGUF file that can be read: {error}") from error
     finally:
         if folder is not None and folder.exists():
