@@ -8,16 +8,10 @@ cd "$(dirname "$0")/.."
 pip() { "$venv/bin/python" -m pip install --disable-pip-version-check --progress-bar off -q "$@"; }
 
 # A torch that is here already (a CUDA build that its user chose) is kept, whatever its version.
-# Otherwise the pinned one; on Linux without an NVIDIA driver its CPU build, which is ten times smaller.
+# Otherwise the pinned one.
 if ! "$venv/bin/python" -c 'import torch' 2>/dev/null; then
     echo "installing torch and the pinned packages into $venv; the first time takes some minutes" >&2
-    cpu=https://download.pytorch.org/whl/cpu
-    if [ "$(uname -s)" = Linux ] && ! command -v nvidia-smi >/dev/null 2>&1 &&
-        "$venv/bin/python" -c "import urllib.request as u; u.urlopen('$cpu/torch/', timeout=5)" 2>/dev/null; then
-        pip -c constraints.txt torch --extra-index-url "$cpu"
-    else
-        pip -c constraints.txt torch
-    fi
+    pip -c constraints.txt torch
 fi
 torch=$("$venv/bin/python" -c 'from importlib.metadata import version; print(version("torch"))')
 sed "s/^torch==.*/torch==$torch/" constraints.txt >"$venv/constraints.txt"

@@ -175,7 +175,7 @@ def gpu() -> Check:
             "gpu",
             "warning",
             "an NVIDIA driver, but this torch cannot use it",
-            "Install the CUDA build first: https://pytorch.org/get-started/locally/",
+            "Install PyTorch's CUDA build first (its web site says how); it is left alone.",
         )
     return Check("gpu", "optional", "none; everything runs on the CPU")
 
