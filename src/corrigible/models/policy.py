@@ -139,6 +139,7 @@ class LanguagePolicy:
             task_type="CAUSAL_LM",
             base_model_name_or_path=self.base_name,
         )
+        self.model.name_or_path = self.base_name  # what PEFT writes down as the adapter's base
         # The draw must not depend on, nor disturb, the caller's random state.
         with torch.random.fork_rng():
             torch.manual_seed(seed)
@@ -146,7 +147,6 @@ class LanguagePolicy:
                 self.model = peft.get_peft_model(self.model, config).eval()
             except ValueError as error:
                 raise BadInputError(f"LoRA cannot be attached to {self.name}: {error}") from error
-        self.model.peft_config["default"].base_model_name_or_path = self.base_name
 
     @contextmanager
     def adapter_disabled(self) -> Iterator[None]:
