@@ -278,9 +278,11 @@ def backbone_for(config: Any, folders: dict[str, Path], device: str) -> Any:
     options: dict[str, Any] = {"gguf_file": gguf.name} if gguf else {}
     tokenizer = AutoTokenizer.from_pretrained(str(folder), **options)
     if gguf:
-        from transformers import AutoModelForCausalLM
+        import transformers
 
-        module = AutoModelForCausalLM.from_pretrained(str(folder), **options).model
+        if hasattr(transformers, "GgufConfig"):  # newer versions keep the packed blocks unless told not to
+            options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+        module = transformers.AutoModelForCausalLM.from_pretrained(str(folder), **options).model
     else:
         module = AutoModel.from_pretrained(str(folder))
     module = module.to(device=device, dtype=torch.float32)

@@ -69,7 +69,7 @@ class TurnConfig:
     temperature: float = 0.8
     top_p: float = 0.95
     epochs: float = 1.0
-    lr: float = 2e-4
+    lr: float = 4e-4
     beta: float = 0.1
     lora_rank: int = 16
     batch_size: int = 8
@@ -127,6 +127,7 @@ class Turn:
         """Turn once; returns the summary that is also written to ``summary.json``."""
         started = time.monotonic()
         self._open()
+        earlier = float(self.state.get("seconds_before", 0.0))  # of the calls that were interrupted
         with Store.open(self.out / "store.db") as store:
             registry = Registry(store)
             with self._stage("load") as note:
@@ -182,7 +183,7 @@ class Turn:
                 sides,
                 verdict,
             )
-        turn["seconds"] = time.monotonic() - started + self.state.get("seconds_before", 0.0)
+        turn["seconds"] = time.monotonic() - started + earlier
         turn["peak_rss_mb"] = peak_rss_mb()
         return write(self.out, turn)
 

@@ -81,8 +81,12 @@ def fit_linear(z: Tensor, data: Comparisons, penalty: float, start: Tensor | Non
     Raises:
         NumericsError: the fit ends in a non-finite weight.
     """
-    wide = z.double()
-    difference = wide[data.chosen] - wide[data.rejected]
+    used, places = torch.unique(torch.cat([data.chosen, data.rejected]), return_inverse=True)
+    chosen, rejected = places.view(2, -1)
+    wide = z.double()[used]
+    # Many pairs over few items: score the items, not the pairs.
+    few = len(used) < len(data)
+    table = wide if few else wide[chosen] - wide[rejected]
     weight = (torch.zeros(z.shape[1]) if start is None else start).double().clone().requires_grad_(True)
     zero = torch.zeros(len(data), dtype=torch.float64)
     optimizer = torch.optim.LBFGS(
@@ -91,7 +95,9 @@ def fit_linear(z: Tensor, data: Comparisons, penalty: float, start: Tensor | Non
 
     def closure() -> Tensor:
         optimizer.zero_grad()
-        loss = bradley_terry_loss(difference @ weight, zero, p_chosen=data.p, weight=data.weight).loss
+        score = table @ weight
+        sides = (score[chosen], score[rejected]) if few else (score, zero)
+        loss = bradley_terry_loss(*sides, p_chosen=data.p, weight=data.weight).loss
         total = loss + 0.5 * penalty * (weight**2).sum()
         total.backward()  # type: ignore[no-untyped-call]
         return total
