@@ -518,6 +518,7 @@ def run(args: argparse.Namespace) -> None:
     device = args.device if args.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
     if device.startswith("cuda"):
         torch.set_float32_matmul_precision("high")
+    batch_tokens = args.batch_tokens or (16384 if device.startswith("cuda") else 4096)
     folders = {"minilm": args.minilm_dir, "smollm2-135m": args.smollm2_dir}
     folders = {name: folder for name, folder in folders.items() if folder is not None}
     pairs, rest = load(args.pairs)
@@ -538,9 +539,7 @@ def run(args: argparse.Namespace) -> None:
         for entry in grid:
             overrides = {key: value for key, value in entry.items() if key != "name"}
             for seed in range(args.seed, args.seed + args.seeds):
-                config = RewardConfig.from_json(
-                    {"batch_tokens": args.batch_tokens, **overrides, "seed": seed}
-                )
+                config = RewardConfig.from_json({"batch_tokens": batch_tokens, **overrides, "seed": seed})
                 for dataset in args.dataset:
                     told = {"dataset": dataset, "name": entry["name"], "config": config.to_json()}
                     told["config"] = json.loads(json.dumps(told["config"]))
@@ -668,7 +667,7 @@ def main() -> None:
     parser.add_argument(
         "--seconds", type=float, default=float("inf"), help="start no new row after this long"
     )
-    parser.add_argument("--batch-tokens", type=int, default=16384)
+    parser.add_argument("--batch-tokens", type=int, default=None, help="16384 on a GPU, 4096 on a CPU")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--out", type=Path, help="append rows here as they are finished")
     parser.add_argument("--table", type=Path, help="print a summary of finished rows and stop")
