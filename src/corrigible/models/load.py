@@ -18,7 +18,7 @@ import torch
 
 from corrigible.errors import BadInputError, CorrigibleError, MissingError, StorageError
 from corrigible.events import Message, emit
-from corrigible.models.policy import LanguagePolicy, Lora
+from corrigible.models.policy import LanguagePolicy, Lora, quiet_peft
 from corrigible.models.tiny import tiny_model, tiny_tokenizer
 
 DEFAULT_POLICY = "smollm2-135m"
@@ -320,7 +320,8 @@ def _attach(policy: LanguagePolicy, folder: Path) -> None:
             raise _pickle_error(pickles[0])
         raise MissingError(f"{folder} holds no adapter_model.safetensors.", advice="Copy it there.")
     try:
-        model = peft.PeftModel.from_pretrained(policy.model, str(folder), is_trainable=True)
+        with quiet_peft():
+            model = peft.PeftModel.from_pretrained(policy.model, str(folder), is_trainable=True)
     except SafetensorError as error:
         raise BadInputError(
             f"The adapter in {folder} is corrupt: {error}", advice="Copy it again."

@@ -6,6 +6,7 @@ import copy
 import hashlib
 import shutil
 import tempfile
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -32,6 +33,14 @@ class Lora:
     targets: str | Sequence[str] = "all-linear"
     dropout: float = 0.0
     seed: int = 0
+
+
+@contextmanager
+def quiet_peft() -> Iterator[None]:
+    """PEFT asks transformers for an attribute under its old name; that is theirs to mend, not the user's."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+        yield
 
 
 class LanguagePolicy:
@@ -141,7 +150,7 @@ class LanguagePolicy:
         )
         self.model.name_or_path = self.base_name  # what PEFT writes down as the adapter's base
         # The draw must not depend on, nor disturb, the caller's random state.
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(), quiet_peft():
             torch.manual_seed(seed)
             try:
                 self.model = peft.get_peft_model(self.model, config).eval()
