@@ -1,7 +1,8 @@
 """Which reward model to make the default: a grid of configurations on real comparisons, cross-validated.
 
-Standalone on purpose: it needs torch, transformers and numpy, and the folder ``src`` of this repository
-beside it, but no store, no database and no installed package, so that it runs on a bare GPU machine.
+Standalone on purpose: it needs torch, transformers, numpy and scipy, and the folder ``src`` of this
+repository beside it, but no store, no database and no installed package, so that it runs on a bare GPU
+machine.
 
     # where the data is: one portable file, with the baselines' answers in it
     python bench/reward_sweep.py --data DATA_DIR --dump pairs.jsonl.gz

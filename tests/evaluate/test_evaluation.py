@@ -66,7 +66,7 @@ def test_proxy_and_gold_stand_side_by_side(episode: Make) -> None:
     assert found.length.candidate.value == pytest.approx(65.5) and found.length.unit == "tokens"
     assert found.length_ratio > 8
     assert found.finish["candidate"] == {"stop": 12}
-    written = json.loads(json.dumps(found.to_dict(items=True)))
+    written = json.loads(json.dumps(found.to_json(items=True)))
     assert written["win_rate"] == 0.0 and len(written["win_rates"]["house-style"]["items"]) == 12
 
 

@@ -101,7 +101,7 @@ def test_per_token_is_the_ratio_of_sums_and_clusters_are_prompts() -> None:
     assert (got.sequences, got.tokens, got.per_sequence.clusters) == (2, 3, 2)
     k3 = (np.exp(-1) - 1 + 1) + (np.exp(-0.5) - 1 + 0.5)
     assert got.per_sequence_k3.value == pytest.approx(k3 / 2)
-    assert set(got.to_dict()) >= {"per_sequence", "per_token", "on_policy"}
+    assert set(got.to_json()) >= {"per_sequence", "per_token", "on_policy"}
 
 
 def test_a_policy_is_at_no_distance_from_itself() -> None:

@@ -59,7 +59,7 @@ def test_counts_and_value_by_hand(episode: Make) -> None:
     assert (rate.wins, rate.losses, rate.ties, rate.identical) == (1, 1, 2, 1)
     assert rate.value == 0.5 and rate.n == rate.prompts == 4
     assert rate.position_effect.value == 0.0
-    assert rate.to_dict(items=True)["judge"] == "marked"
+    assert rate.to_json(items=True)["judge"] == "marked"
 
 
 def test_the_same_by_the_definition(episode: Make) -> None:

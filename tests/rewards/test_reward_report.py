@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from corrigible.errors import BadInputError
+from corrigible.intervals import wilson_interval
 from corrigible.rewards import (
     FeatureTable,
     RewardConfig,
@@ -66,6 +67,18 @@ def test_a_report_is_json_and_says_when_units_are_few(known: Known) -> None:
     assert told["accuracy"]["value"] == 1.0 and told["baselines"] == {}
     assert told["accuracy_clear_majority"]["n"] == 20
     assert any("only 4" in note for note in told["notes"])
+
+
+def test_five_of_five_right_is_not_certainty(known: Known) -> None:
+    """Nor is a baseline that is right on the same five, or wrong on all of them."""
+    others = {"same": np.ones(5), "wrong": -np.ones(5)}
+    for by in ("prompt", "item"):  # five prompts; ten items in five pairs
+        report = report_margins(np.ones(5), known(5, prompts=5), others, by=by, n_train=0)
+        assert report.accuracy.interval == pytest.approx(wilson_interval(5, 5))
+        assert report.baselines["wrong"].accuracy.interval == pytest.approx(wilson_interval(0, 5))
+        same, ahead = (report.baselines[name].difference for name in others)
+        assert same.value == 0 and -0.5 < same.low < 0 < same.high < 0.5
+        assert ahead.value == 1 and 0 < ahead.low < 0.5 and ahead.high == 1
 
 
 def test_baselines_stand_beside_the_model(encoder: MakeBackbone, known: Known) -> None:

@@ -16,9 +16,9 @@ from corrigible.align.shared_prompt import RowScorer
 from corrigible.align.sources import PairSource, row_key
 from corrigible.errors import BadInputError
 from corrigible.events import Metric, Progress, emit
+from corrigible.intervals import Estimate, cluster_bootstrap
 from corrigible.models import LanguagePolicy
 from corrigible.rewards.baselines import accuracy_rows
-from corrigible.rewards.intervals import Estimate, cluster_bootstrap
 from corrigible.rewards.splits import clusters, resolve_rule
 from corrigible.store import Pair
 
@@ -109,13 +109,15 @@ def implicit_reward_accuracy(
         raise BadInputError("Every held-out pair is a tie.", advice="Accuracy needs pairs with a majority.")
     units = clusters(source.pairs, resolve_rule(source.pairs, by))
     estimate = cluster_bootstrap(
-        right[decided], [unit for unit, keep in zip(units, decided, strict=True) if keep]
+        right[decided],
+        [unit for unit, keep in zip(units, decided, strict=True) if keep],
+        bounds=(0.0, 1.0),
     )
     emit(
         Metric(
             name="held_out/implicit_reward_accuracy",
             value=estimate.value,
-            interval=(estimate.low, estimate.high),
+            interval=estimate.interval,
         )
     )
     return ImplicitReward(estimate, margins, int((~decided).sum()), dict(source.skipped))

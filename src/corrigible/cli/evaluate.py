@@ -16,7 +16,7 @@ from corrigible.errors import BadInputError, Interrupted
 
 if TYPE_CHECKING:
     from corrigible.evaluate.evaluation import Evaluation, SideBySide
-    from corrigible.evaluate.statistics import Estimate
+    from corrigible.intervals import Estimate
     from corrigible.models import LanguagePolicy
     from corrigible.rewards.signals import Signal
     from corrigible.store import Store
@@ -119,12 +119,12 @@ def evaluate(
         finally:
             if opened is not None:
                 opened.close()
-    result = {**evaluation.to_dict(), "prompts": len(asked), "sampling": sampling.to_json()}
+    result = {**evaluation.to_json(), "prompts": len(asked), "sampling": sampling.to_json()}
     if out is not None:
         import json as jsonlib
 
         (out / "evaluation.json").write_text(
-            jsonlib.dumps({**result, **evaluation.to_dict(items=True)}, indent=2) + "\n", encoding="utf-8"
+            jsonlib.dumps({**result, **evaluation.to_json(items=True)}, indent=2) + "\n", encoding="utf-8"
         )
     if json:
         print_json(result)

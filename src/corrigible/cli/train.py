@@ -15,8 +15,8 @@ from corrigible.cli.console import DEFAULT_STORE, Json, console, examples, print
 from corrigible.errors import BadInputError
 
 if TYPE_CHECKING:
+    from corrigible.intervals import Estimate
     from corrigible.records import PolicyVersion
-    from corrigible.rewards import Estimate
     from corrigible.store import Pair
 
 
@@ -214,15 +214,15 @@ def _some(pairs: Sequence[Pair], limit: int, seed: int) -> Sequence[Pair]:
 def _length_only(sides: _Sides) -> Estimate:
     import numpy as np
 
+    from corrigible.intervals import cluster_bootstrap
     from corrigible.rewards.baselines import accuracy_rows, length_margins
-    from corrigible.rewards.intervals import cluster_bootstrap
     from corrigible.rewards.splits import clusters
 
     labels = np.array([pair.p_chosen for pair in sides.test])
     right = accuracy_rows(length_margins(sides.train, sides.test), labels)
     decided = np.isfinite(right)
     units = [unit for unit, keep in zip(clusters(sides.test, sides.by), decided, strict=True) if keep]
-    return cluster_bootstrap(right[decided], units)
+    return cluster_bootstrap(right[decided], units, bounds=(0.0, 1.0))
 
 
 def _resume_command(ctx: typer.Context) -> str:

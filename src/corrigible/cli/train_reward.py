@@ -21,7 +21,8 @@ from corrigible.cli.console import (
 from corrigible.errors import BadInputError, Interrupted
 
 if TYPE_CHECKING:
-    from corrigible.rewards import Estimate, FeatureTable, RewardConfig, RewardModel, RewardReport
+    from corrigible.intervals import Estimate
+    from corrigible.rewards import FeatureTable, RewardConfig, RewardModel, RewardReport
     from corrigible.store import Pair
 
 

@@ -1,7 +1,5 @@
 """Is the policy any better: win rates, divergence from the start, rewards side by side.
 
-- :mod:`~corrigible.evaluate.statistics`: intervals that respect how the data were drawn
-  (Wilson, bootstrap over prompts, paired bootstrap).
 - :mod:`~corrigible.evaluate.win_rate`: candidate against baseline, paired by prompt and shown in
   both orders; what could not be judged is counted, never scored.
 - :mod:`~corrigible.evaluate.kl`: how far a policy went from its reference, by Monte Carlo, with
@@ -10,6 +8,6 @@
 - :mod:`~corrigible.evaluate.evaluation`: the whole picture for one candidate, which the gate of
   the loop reads and the report shows.
 
-Every number here is an :class:`~corrigible.evaluate.statistics.Estimate`: a value, its interval,
+Every number here is an :class:`~corrigible.intervals.Estimate`: a value, its interval over prompts,
 and how many independent units it rests on.
 """

@@ -18,9 +18,9 @@ import numpy as np
 from corrigible.errors import BadInputError
 from corrigible.evaluate.kl import KLEstimate, kl_to_reference
 from corrigible.evaluate.sampling import sample_episodes
-from corrigible.evaluate.statistics import Estimate, cluster_bootstrap, paired_bootstrap
 from corrigible.evaluate.win_rate import PairJudge, WinRate, no_answer, pair_by_prompt, win_rate
 from corrigible.events import Metric, emit
+from corrigible.intervals import Estimate, cluster_bootstrap, paired_bootstrap
 from corrigible.records import Episode, Message, Sampling
 
 if TYPE_CHECKING:
@@ -44,13 +44,13 @@ class SideBySide:
     difference: Estimate
     left_out: int = 0
 
-    def to_dict(self) -> dict[str, object]:
+    def to_json(self) -> dict[str, object]:
         return {
             "name": self.name,
             "unit": self.unit,
-            "candidate": self.candidate.to_dict(),
-            "baseline": self.baseline.to_dict(),
-            "difference": self.difference.to_dict(),
+            "candidate": self.candidate.to_json(),
+            "baseline": self.baseline.to_json(),
+            "difference": self.difference.to_json(),
             "left_out": self.left_out,
         }
 
@@ -86,18 +86,18 @@ class Evaluation:
         """Mean length of the candidate's answers over the baseline's."""
         return self.length.candidate.value / max(self.length.baseline.value, 1e-9)
 
-    def to_dict(self, *, items: bool = False) -> dict[str, object]:
+    def to_json(self, *, items: bool = False) -> dict[str, object]:
         """JSON form; ``items`` adds every judged item."""
         return {
             "candidate": self.candidate,
             "baseline": self.baseline,
             "win_rate": self.win_rate.value,
             "win_rate_interval": list(self.win_rate.interval),
-            "win_rates": {name: rate.to_dict(items=items) for name, rate in self.win_rates.items()},
-            "scores": {name: side.to_dict() for name, side in self.scores.items()},
-            "length": self.length.to_dict(),
+            "win_rates": {name: rate.to_json(items=items) for name, rate in self.win_rates.items()},
+            "scores": {name: side.to_json() for name, side in self.scores.items()},
+            "length": self.length.to_json(),
             "length_ratio": self.length_ratio,
-            "kl": None if self.kl is None else self.kl.to_dict(),
+            "kl": None if self.kl is None else self.kl.to_json(),
             "finish": {side: dict(counts) for side, counts in self.finish.items()},
         }
 

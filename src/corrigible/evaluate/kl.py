@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from corrigible.errors import BadInputError, NumericsError
-from corrigible.evaluate.statistics import Estimate, cluster_bootstrap
+from corrigible.intervals import Estimate, cluster_bootstrap
 from corrigible.records import Episode
 
 if TYPE_CHECKING:
@@ -56,12 +56,12 @@ class KLEstimate:
     def interval(self) -> tuple[float, float]:
         return self.per_sequence.interval
 
-    def to_dict(self) -> dict[str, object]:
+    def to_json(self) -> dict[str, object]:
         return {
-            "per_sequence": self.per_sequence.to_dict(),
-            "per_token": self.per_token.to_dict(),
-            "per_sequence_k3": self.per_sequence_k3.to_dict(),
-            "per_token_k3": self.per_token_k3.to_dict(),
+            "per_sequence": self.per_sequence.to_json(),
+            "per_token": self.per_token.to_json(),
+            "per_sequence_k3": self.per_sequence_k3.to_json(),
+            "per_token_k3": self.per_token_k3.to_json(),
             "sequences": self.sequences,
             "tokens": self.tokens,
             "on_policy": self.on_policy,

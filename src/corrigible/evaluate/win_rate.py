@@ -21,7 +21,7 @@ import numpy as np
 from corrigible.collect.questions import Answer, Question
 from corrigible.collect.simulated import Panel
 from corrigible.errors import BadInputError
-from corrigible.evaluate.statistics import Estimate, cluster_bootstrap
+from corrigible.intervals import Estimate, cluster_bootstrap
 from corrigible.records import Comparison, Episode, FinishReason
 
 if TYPE_CHECKING:
@@ -180,7 +180,7 @@ class WinRate:
         """Different prompts among the judged items: the units of the interval."""
         return self.estimate.clusters
 
-    def to_dict(self, *, items: bool = False) -> dict[str, object]:
+    def to_json(self, *, items: bool = False) -> dict[str, object]:
         """JSON form; ``items`` adds one entry per judged item."""
         out: dict[str, object] = {
             "judge": self.judge,
@@ -196,7 +196,7 @@ class WinRate:
             "identical": self.identical,
             "not_judged": self.not_judged,
             "unpaired": self.unpaired,
-            "position_effect": self.position_effect.to_dict(),
+            "position_effect": self.position_effect.to_json(),
         }
         if items:
             out["items"] = [vars(item) for item in self.items]

@@ -56,7 +56,7 @@ def turn_record(
             "win_rate": rate(rates[0].value, *rates[0].interval, rates[0].prompts),
             "gold_win_rate": rate(rates[1].value, *rates[1].interval, rates[1].prompts),
             "proxy_win_rate": rate(rates[2].value, *rates[2].interval, rates[2].prompts),
-            "position_effect": rates[0].position_effect.to_dict(),
+            "position_effect": rates[0].position_effect.to_json(),
             "kl": {
                 "value": evaluation.kl.value,
                 "low": evaluation.kl.interval[0],

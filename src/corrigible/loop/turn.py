@@ -167,7 +167,7 @@ class Turn:
                 )
                 for episodes in sides:
                     store.add_episodes(episodes)
-                registry.decide(candidate, verdict, {"evaluation": evaluation.to_dict()})
+                registry.decide(candidate, verdict, {"evaluation": evaluation.to_json()})
                 note("promoted" if verdict.promoted else "refused")
             turn = turn_record(
                 self,
@@ -251,7 +251,7 @@ class Turn:
         reward.save(self.out / "reward")
         emit(Artefact(name="reward model", path=str(self.out / "reward")))
         accuracy = judged.accuracy
-        emit(Metric(name="reward/accuracy", value=accuracy.value, interval=(accuracy.low, accuracy.high)))
+        emit(Metric(name="reward/accuracy", value=accuracy.value, interval=accuracy.interval))
         return reward, {
             "accuracy": rate(accuracy.value, accuracy.low, accuracy.high, accuracy.n),
             "baselines": [

@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from corrigible.rewards.baselines import length_baseline, tfidf_baseline
     from corrigible.rewards.calibration import Calibration, fit_temperature
     from corrigible.rewards.config import RewardConfig
-    from corrigible.rewards.intervals import Estimate, cluster_bootstrap
     from corrigible.rewards.losses import LossOutput, bradley_terry_loss
     from corrigible.rewards.report import RewardReport, cross_validated, learning_curve, reward_report
     from corrigible.rewards.reward_model import RewardModel
@@ -52,7 +51,6 @@ if TYPE_CHECKING:
 
 _HOME = {
     "Calibration": "calibration",
-    "Estimate": "intervals",
     "FeatureTable": "table",
     "LossOutput": "losses",
     "Preference": "signals",
@@ -63,7 +61,6 @@ _HOME = {
     "Signal": "signals",
     "Split": "splits",
     "bradley_terry_loss": "losses",
-    "cluster_bootstrap": "intervals",
     "cross_validated": "report",
     "fit_reward": "training",
     "fit_temperature": "calibration",
@@ -83,7 +80,6 @@ _HOME = {
 
 __all__ = [
     "Calibration",
-    "Estimate",
     "FeatureTable",
     "LossOutput",
     "Preference",
@@ -94,7 +90,6 @@ __all__ = [
     "Signal",
     "Split",
     "bradley_terry_loss",
-    "cluster_bootstrap",
     "cross_validated",
     "fit_reward",
     "fit_temperature",

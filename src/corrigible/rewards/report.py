@@ -16,10 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from corrigible.errors import BadInputError
+from corrigible.intervals import Estimate, cluster_bootstrap, paired_bootstrap
 from corrigible.rewards.baselines import BASELINES, accuracy_rows
 from corrigible.rewards.calibration import Calibration, calibration
 from corrigible.rewards.config import RewardConfig
-from corrigible.rewards.intervals import FEW_CLUSTERS, Estimate, cluster_bootstrap
 from corrigible.rewards.splits import Split, clusters, folds, resolve_rule, subset
 
 if TYPE_CHECKING:
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 Floats = NDArray[np.float64]
 SHARES = (0.10, 0.25, 0.50, 1.0)
 CLEAR_MAJORITY = 0.75
+FEW_CLUSTERS = 10
+SHARE, DIFFERENCE = (0.0, 1.0), (-1.0, 1.0)
 
 
 class ScoresPairs(Protocol):
@@ -106,7 +108,7 @@ def accuracy(
         BadInputError: every pair is a tie.
     """
     rows, units = _decided(margins, pairs, by)
-    return cluster_bootstrap(rows, units, seed=seed), len(pairs) - len(rows)
+    return cluster_bootstrap(rows, units, bounds=SHARE, seed=seed), len(pairs) - len(rows)
 
 
 def _decided(margins: Floats, pairs: Sequence[Pair], by: str) -> tuple[Floats, list[tuple[Hashable, ...]]]:
@@ -137,12 +139,13 @@ def report_margins(
     """A report from held-out margins (n,) of the model and of each baseline on the same pairs."""
     by = resolve_rule(pairs, by) if by == "auto" else by
     rows, units = _decided(margins, pairs, by)
-    measured = cluster_bootstrap(rows, units, seed=seed)
+    measured = cluster_bootstrap(rows, units, bounds=SHARE, seed=seed)
     results = {}
     for name, other in baselines.items():
         theirs, _ = _decided(other, pairs, by)
         results[name] = BaselineResult(
-            cluster_bootstrap(theirs, units, seed=seed), cluster_bootstrap(rows - theirs, units, seed=seed)
+            cluster_bootstrap(theirs, units, bounds=SHARE, seed=seed),
+            paired_bootstrap(rows, theirs, units, bounds=DIFFERENCE, seed=seed),
         )
     p = np.array([pair.p_chosen for pair in pairs])
     share = np.maximum(p, 1 - p)
@@ -150,7 +153,7 @@ def report_margins(
     told = list(notes)
     if measured.clusters < FEW_CLUSTERS:
         told.append(
-            f"only {measured.clusters} independent {by} units are held out: the intervals are too narrow; "
+            f"only {measured.clusters} independent {by} units are held out, which say little about others; "
             "use folds to test on all of them"
         )
     if dropped:
