@@ -79,7 +79,7 @@ def judge(
             screen = error_console if json else console
             tally = judge_in_terminal(opened, questions, annotator, keys=keys, screen=screen, seed=seed)
     if json:
-        print_json(tally.to_dict())
+        print_json(tally.to_json())
     else:
         console.print(
             f"{tally.judged} judged, {tally.skipped} skipped, {tally.undone} taken back; {tally.left} left. "

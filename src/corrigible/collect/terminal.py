@@ -150,7 +150,7 @@ class Tally:
     left: int = 0
     active_ms: int = 0
 
-    def to_dict(self) -> dict[str, int]:
+    def to_json(self) -> dict[str, int]:
         return dict(vars(self))
 
 
