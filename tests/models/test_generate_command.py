@@ -91,13 +91,17 @@ def test_bad_lines_are_named_and_the_rest_is_answered(run_cli: Run, tmp_path: Pa
     lines = ['{"prompt": "fine"}', "{broken", '{"text": "no prompt"}', '{"messages": [{"role": "user"}]}']
     lines += ['{"messages": [{"role": "user", "content": "also fine"}]}', json.dumps({"prompt": "x" * 2000})]
     (tmp_path / "p.jsonl").write_text("\n".join(lines))
-    report = json.loads(run_cli(*TINY, "--prompts", "p.jsonl", "--out", "o.jsonl", "--json").stdout)
+    result = run_cli(*TINY, "--prompts", "p.jsonl", "--out", "o.jsonl", "--json")
+    assert result.exit_code == 3
+    report = json.loads(result.stdout)
     assert report["answers"] == 2
     assert [line.split(" is skipped")[0] for line in report["bad_lines"]] == [
         f"p.jsonl line {i}" for i in (2, 3, 4)
     ]
     assert len(report["errors"]) == 1 and "reads 1024" in report["errors"][0]
     assert len(episodes_in(tmp_path / "o.jsonl")) == 2
+    for_people = run_cli(*TINY, "--prompts", "p.jsonl", "--out", "people.jsonl")
+    assert for_people.exit_code == 3 and "2 answers to 2 prompts" in for_people.stdout
 
 
 @pytest.mark.parametrize(

@@ -66,7 +66,11 @@ def generate(
     json: bool = json_option,
 ) -> None:
     """Sample answers with their token ids, log-probabilities and settings recorded, as episodes in a
-    store or a file (or just to read)."""
+    store or a file (or just to read).
+
+    A prompt that cannot be read or does not fit the model is named and left out; the others are
+    answered, and the exit code is 3.
+    """
     from corrigible.models import generate as sample
     from corrigible.models import load_policy
     from corrigible.records import Sampling
@@ -127,19 +131,22 @@ def generate(
                 + (f" and are kept in {where}." if where else "."),
                 advice="Run the same command with --resume to answer the rest." if where else "",
             ) from None
-    _report(questions, kept, bad_lines, len(questions) - len(open_), store or out, json)
+    errors = [f"prompt {i + 1}: {kept[i][0].error}" for i in sorted(kept) if kept[i][0].error is not None]
+    _report(questions, kept, errors, bad_lines, len(questions) - len(open_), store or out, json)
+    if errors or bad_lines:
+        raise typer.Exit(BadInputError.exit_code)
 
 
 def _report(
     questions: list[tuple[Message, ...]],
     kept: dict[int, list[Generation]],
+    errors: list[str],
     bad_lines: list[str],
     skipped: int,
     where: str | Path | None,
     json: bool,
 ) -> None:
     answers = [g for index in sorted(kept) for g in kept[index]]
-    errors = [f"prompt {i + 1}: {kept[i][0].error}" for i in sorted(kept) if kept[i][0].error is not None]
     if json:
         finish = Counter(str(g.finish_reason) for g in answers)
         report: dict[str, Any] = {
@@ -160,7 +167,9 @@ def _report(
         print_warning(error)
     if where is not None:
         known = f", {skipped} prompts had theirs already" if skipped else ""
-        console.print(f"{len(answers)} answers to {len(kept)} prompts in {where}{known}", markup=False)
+        made = sum(answer.error is None for answer in answers)
+        answered = f"{made} answers to {len(kept) - len(errors)} prompts"
+        console.print(f"{answered} in {where}{known}", markup=False)
         return
     for index in sorted(kept):
         console.rule(questions[index][-1].text[:80].replace("\n", " "), align="left")
