@@ -118,6 +118,7 @@ def raiser(error: BaseException) -> Callable[[], None]:
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), 1, "Out of memory"),
         (OSError(errno.ENOSPC, "No space left on device", "x.db"), 5, "disk is full (x.db)"),
         (FileNotFoundError(errno.ENOENT, "No such file", "x"), 3, "No such file (x)"),
+        (FileExistsError(errno.EEXIST, "File exists", "x"), 3, "File exists (x)"),
         (PermissionError(errno.EACCES, "Permission denied", "/x"), 5, "Permission denied (/x)"),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else "",

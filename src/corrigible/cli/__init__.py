@@ -75,6 +75,10 @@ def as_corrigible_error(error: BaseException) -> CorrigibleError | None:
             )
         if isinstance(error, FileNotFoundError | IsADirectoryError | NotADirectoryError):
             return BadInputError(f"{error.strerror}{where}.", advice="Check the path.")
+        if isinstance(error, FileExistsError):
+            return BadInputError(
+                f"{error.strerror}{where}.", advice="Something else is there: choose another name."
+            )
         if isinstance(error, PermissionError) or error.errno == errno.EROFS:
             return StorageError(f"{error.strerror}{where}.", advice="Choose a place that you may write to.")
     return None
