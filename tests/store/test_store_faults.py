@@ -273,6 +273,17 @@ def test_a_full_disk(small_disk: Path) -> None:
         assert store.count_feedback() == 100
 
 
+def test_a_read_only_disk(small_disk: Path) -> None:
+    with Store.open(small_disk / "a.db") as store:
+        store.add_feedback(votes(3))
+    remount = ["mount", "-o", "remount,ro", str(small_disk)]
+    if subprocess.run(remount, capture_output=True).returncode != 0:
+        pytest.skip("cannot make a file system read-only here")
+    for name in ("a.db", "new.db"):
+        with pytest.raises(StorageError, match=r"is read-only.*copy the store"):
+            Store.open(small_disk / name)
+
+
 LIMITED = """
 import resource
 from corrigible.errors import StorageError

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import re
 import sqlite3
 from collections.abc import Iterator
@@ -18,7 +19,10 @@ _LOCKED = "Another process holds it. Wait for that process to finish, or stop it
 _FULL = "Free some space (or move the store to a larger disk) and run this again: nothing was lost."
 _GONE = "Check that it is still there and reachable, then open the store again."
 _DAMAGED = "Restore it from a backup, or salvage what is readable with `sqlite3 FILE .recover`."
-_READ_ONLY = "Give this user write permission on the file and on its folder."
+_READ_ONLY = (
+    "Give this user write permission on the file and on its folder (SQLite needs it to read, too), "
+    "or copy the store to a place that can be written."
+)
 
 # SQLite result codes, primary part: https://www.sqlite.org/rescode.html
 _SQLITE = {
@@ -102,6 +106,8 @@ def _explained(origin: BaseException, name: str) -> CorrigibleError:
     sqlite_name = getattr(origin, "sqlite_errorname", None)
     if isinstance(sqlite_name, str):
         primary = "_".join(sqlite_name.split("_")[:2])
+        if primary == "SQLITE_CANTOPEN" and _may_not_write(Path(name).parent):
+            primary = "SQLITE_READONLY"  # SQLite says the same of a folder in which it can make no file
         if primary in _SQLITE:
             what, advice = _SQLITE[primary]
             return StorageError(f"The store {name} {what}.", advice=advice)
@@ -119,6 +125,10 @@ def _explained(origin: BaseException, name: str) -> CorrigibleError:
     if "connection" in text:
         return StorageError(f"The store {name} cannot be reached: {text}", advice=_GONE)
     return StorageError(f"The store {name} refused: {text}", advice="Nothing was stored.")
+
+
+def _may_not_write(folder: Path) -> bool:
+    return folder.is_dir() and not os.access(folder, os.W_OK)
 
 
 def _state_of(text: str) -> str:
