@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import pytest
+from typer.testing import CliRunner
 
+from corrigible.cli import app
 from corrigible.errors import BadInputError, RefusedError
 from corrigible.loop.gate import Gate
 from corrigible.loop.registry import Registry
@@ -97,3 +99,13 @@ def test_lineage_walks_back_to_each_judgement(registry):
     assert found.to_json()["parent"]["policy"]["name"] == "a-v1"
     with pytest.raises(BadInputError, match="the version itself states"):
         registry.register(version("a-v3", second, trained_on=TrainedOn.of(used)), trained_on=used[:-1])
+
+
+def test_a_narrow_terminal_shows_whole_ids_and_the_win_rate(registry):
+    first = registry.register(version("a-rather-long-name-for-a-policy-v1"))
+    evaluation = {"win_rate": 0.65, "win_rate_interval": [0.6, 0.8]}
+    registry.decide(first, verdict(True), {"evaluation": evaluation})
+    shown = CliRunner().invoke(app, ["policies", "--store", registry.store.url], env={"COLUMNS": "80"})
+    assert shown.exit_code == 0, shown.output
+    assert first.id in shown.stdout and "0.60 to 0.80" in shown.stdout
+    assert f"* {first.name}" in shown.stdout

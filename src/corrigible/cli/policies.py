@@ -39,7 +39,7 @@ def register(app: typer.Typer) -> None:
 
 
 def policies(store: StoreUrl = "corrigible.db", json: Json = False) -> None:
-    """List the policy versions of a store, with status and scores; * marks the current one."""
+    """List the policy versions of a store, with status and win rate; * marks the current one."""
     from corrigible.loop.registry import Registry
     from corrigible.store import Store
 
@@ -58,23 +58,31 @@ def policies(store: StoreUrl = "corrigible.db", json: Json = False) -> None:
     if not states:
         console.print("No policy versions yet. `corrigible demo` or `corrigible train dpo` make some.")
         return
-    table = Table(box=None, padding=(0, 2), header_style="dim")
-    for column in ("", "name", "status", "made by", "trained on", "created", "id"):
+    # Two lines a version, so that on a narrow terminal, too, its id is whole and can be copied.
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+    table.add_column("  name and id", no_wrap=True, min_width=38)
+    for column in ("status", "win rate", "made by"):
         table.add_column(column)
     for state in states:
         version = state.version
-        created = datetime.fromtimestamp(version.created_at / 1e6, UTC).strftime("%Y-%m-%d %H:%M")
+        created = datetime.fromtimestamp(version.created_at / 1e6, UTC).strftime("%Y-%m-%d")
         colour = _COLOURS.get(state.status, "default")
+        judgements = f"\n{version.trained_on.feedback} judgements" if version.trained_on else ""
         table.add_row(
-            "*" if state.current else "",
-            f"[bold]{escape(version.name)}[/]",
-            f"[{colour}]{state.status}[/]",
-            escape(version.algorithm or version.base_model),
-            f"{version.trained_on.feedback} judgements" if version.trained_on else "",
-            created,
-            version.id,
+            f"{'*' if state.current else ' '} [bold]{escape(version.name)}[/]\n  {version.id}",
+            f"[{colour}]{state.status}[/]\n[dim]{created}[/]",
+            _win_rate(state.detail.get("evaluation")),
+            escape(f"{version.algorithm or version.base_model}{judgements}"),
         )
     console.print(table)
+
+
+def _win_rate(evaluation: Any) -> str:
+    """The win rate that the gate decided on; nothing for a version that met no gate."""
+    if not isinstance(evaluation, dict) or "win_rate" not in evaluation:
+        return ""
+    low, high = evaluation["win_rate_interval"]
+    return f"{evaluation['win_rate']:.2f}\n[dim]{low:.2f} to {high:.2f}[/]"
 
 
 def lineage(
