@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ import typer
 from rich.markup import escape
 
 from corrigible.cli.console import DEFAULT_STORE, Json, console, examples, print_json, progress_bus
+from corrigible.cli.train_reward import add_reward_command
 from corrigible.errors import BadInputError
 
 if TYPE_CHECKING:
@@ -37,13 +37,7 @@ def register(app: typer.Typer) -> None:
             """
         ),
     )(dpo)
-    try:
-        reward = importlib.import_module("corrigible.cli.train_reward")
-    except ModuleNotFoundError as error:
-        if error.name != "corrigible.cli.train_reward":
-            raise
-    else:
-        reward.add_reward_command(group)
+    add_reward_command(group)
 
 
 def dpo(
