@@ -54,7 +54,7 @@ class RewardConfig:
 
     backbone: str = "minilm"
     tune: Literal["frozen", "full", "lora"] = "frozen"
-    text: Literal["response", "prompt+response", "prompt*response"] = "prompt*response"
+    text: Literal["response", "prompt+response", "prompt*response"] = "response"
     pooling: Literal["mean", "response_mean", "last", "first"] = "mean"
     layers: tuple[int, ...] = (-1,)
     features: tuple[str, ...] = ("log_chars", "log_words")
