@@ -14,6 +14,8 @@ from typing import Any
 import pytest
 
 from corrigible.cli import doctor
+from corrigible.store import Store
+from corrigible.store.schema import HEAD
 
 
 @pytest.fixture
@@ -115,13 +117,10 @@ def test_store_versions_and_damage(tmp_path: Path) -> None:
     assert doctor.store(str(tmp_path / "none.db")).status == "optional"
 
     good = tmp_path / "good.db"
-    connection = sqlite3.connect(good)
-    connection.execute("CREATE TABLE alembic_version (version_num TEXT)")
-    connection.execute("INSERT INTO alembic_version VALUES ('0007')")
-    connection.commit()
-    connection.close()
-    check = doctor.store(f"sqlite:///{good}")
-    assert check.status == "ok" and check.facts["schema"] == "0007"
+    Store.open(good).close()
+    for name in (str(good), f"sqlite:///{good}"):
+        check = doctor.store(name)
+        assert check.status == "ok" and check.facts["schema"] == HEAD, check
 
     other = tmp_path / "other.db"
     connection = sqlite3.connect(other)

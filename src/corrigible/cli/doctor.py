@@ -305,6 +305,8 @@ def store(url: str) -> Check:
     from sqlalchemy import create_engine, inspect, text
     from sqlalchemy.exc import SQLAlchemyError
 
+    from corrigible.store.schema import VERSION_TABLE
+
     on_disk = "://" not in url or url.startswith("sqlite:///")
     path = Path(url.removeprefix("sqlite:///")) if on_disk else None
     if path is not None and not path.exists():
@@ -318,13 +320,13 @@ def store(url: str) -> Check:
         engine = create_engine(address)
         try:
             with engine.connect() as connection:
-                if "alembic_version" not in inspect(connection).get_table_names():
+                if VERSION_TABLE not in inspect(connection).get_table_names():
                     return Check(
                         "store", "warning", f"{_without_password(url)} holds no Corrigible store",
                         "Choose another with --store; nothing was changed.",
                     )  # fmt: skip
                 versions = [
-                    row[0] for row in connection.execute(text("SELECT version_num FROM alembic_version"))
+                    row[0] for row in connection.execute(text(f"SELECT version_num FROM {VERSION_TABLE}"))
                 ]
         finally:
             engine.dispose()
