@@ -111,6 +111,16 @@ class Store:
         """What to give :meth:`open`, in another process too, to reach this store (password included)."""
         return self._engine.url.render_as_string(hide_password=False)
 
+    def holds(self, path: str | Path) -> bool:
+        """Whether ``path`` is where this store lives: its SQLite file, the files beside it, or its blobs."""
+        wanted = Path(path).resolve()
+        own = []
+        if self._file is not None:
+            file = Path(self._engine.url.database or "").resolve()
+            own = [file, *(file.with_name(file.name + end) for end in ("-wal", "-shm", "-journal"))]
+        blobs = self._blobs.root.resolve() if self._blobs is not None else None
+        return wanted in own or (blobs is not None and (wanted == blobs or blobs in wanted.parents))
+
     @property
     def blobs(self) -> Blobs:
         """The blobs beside the records.

@@ -335,6 +335,18 @@ def test_wrong_exports_are_refused_and_leave_nothing(store: Store, tmp_path: Pat
     assert not [p for p in tmp_path.iterdir() if p.name.endswith(".partial") or p.name == "out"]
 
 
+def test_a_store_is_not_overwritten_by_its_own_export(tmp_path: Path) -> None:
+    with Store.open(tmp_path / "s.db") as store:
+        fill(store)
+        before = store.count_feedback(status=None)
+        (tmp_path / "link.db").symlink_to(tmp_path / "s.db")
+        for name in ("s.db", "s.db-wal", "s.db.blobs", "link.db"):
+            with pytest.raises(BadInputError, match="part of the store"):
+                export_file(store, tmp_path / name, format="corrigible", overwrite=True)
+    with Store.open(tmp_path / "s.db", create=False) as store:
+        assert store.count_feedback(status=None) == before > 0
+
+
 def test_full_disk_leaves_no_half_file(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fill(store)
     (tmp_path / "there").write_text("mine")

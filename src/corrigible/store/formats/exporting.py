@@ -230,7 +230,7 @@ def export_file(
         **filters: as for :meth:`Store.feedback` (kind, annotator, policy, task, campaign, …, limit).
 
     Raises:
-        BadInputError: unknown format or option, or the file exists.
+        BadInputError: unknown format or option, the file exists, or it is the store itself.
         StorageError: the disk is full or the place cannot be written.
     """
     began = time.perf_counter()
@@ -246,6 +246,10 @@ def export_file(
         raise BadInputError(f"{format} has no option {unknown[0]!r}.", advice=f"Its options: {known}.")
     if path.exists() and not overwrite:
         raise BadInputError(f"{path} exists already.", advice="Choose another name, or say --overwrite.")
+    if store.holds(path):
+        raise BadInputError(
+            f"{path} is part of the store that is exported, and would be lost.", advice="Choose another name."
+        )
     run = ExportRun(store, path, found, options or {}, filters)
     found.write(run)
     return ExportReport(
