@@ -101,6 +101,15 @@ def test_lineage_walks_back_to_each_judgement(registry):
         registry.register(version("a-v3", second, trained_on=TrainedOn.of(used)), trained_on=used[:-1])
 
 
+def test_promoting_by_hand_takes_a_reason(registry):
+    first = registry.register(version("a-v1"))
+    store = registry.store.url
+    empty = CliRunner().invoke(app, ["promote", first.name, "--reason", " ", "--store", store])
+    assert empty.exit_code == 3 and registry.current() is None
+    said = CliRunner().invoke(app, ["promote", first.name, "--reason", "reads better", "--store", store])
+    assert said.exit_code == 0 and registry.current() == first
+
+
 def test_a_narrow_terminal_shows_whole_ids_and_the_win_rate(registry):
     first = registry.register(version("a-rather-long-name-for-a-policy-v1"))
     evaluation = {"win_rate": 0.65, "win_rate_interval": [0.6, 0.8]}

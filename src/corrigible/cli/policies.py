@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.tree import Tree
 
 from corrigible.cli.console import Json, StoreUrl, console, examples, print_json
+from corrigible.errors import BadInputError
 
 if TYPE_CHECKING:
     from corrigible.loop.registry import Lineage
@@ -123,6 +124,8 @@ def promote(
     from corrigible.loop.registry import Registry
     from corrigible.store import Store
 
+    if not reason.strip():
+        raise BadInputError("The reason is empty.", advice="Say why: it is kept with the promotion.")
     with Store.open(store, create=False) as opened:
         version = Registry(opened).promote(policy, by=by or _user(), reason=reason, override=override)
     if json:
