@@ -126,6 +126,13 @@ def test_bad_input_is_named(
     assert (got, says in errors) == (code, True), errors
 
 
+def test_a_prompt_longer_than_the_context_is_left_out_and_told(adapter: Path, tmp_path: Path) -> None:
+    (tmp_path / "p.txt").write_text("short\nalso short\n" + "long " * 2000 + "\n")
+    code, text, errors = run("--candidate", adapter, "--prompts", tmp_path / "p.txt", "--json", *FAST)
+    assert code == 3, errors
+    assert json.loads(text)["win_rates"]["gold"]["not_judged"] == {"context_overflow": 1}
+
+
 def test_ctrl_c_keeps_answers_and_says_how_to_go_on(
     adapter: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

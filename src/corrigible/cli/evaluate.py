@@ -71,7 +71,10 @@ def evaluate(
     json: bool = json_option,
 ) -> None:
     """Answer held-out prompts with two policies and compare: win rate (paired by prompt, both orders),
-    KL divergence, length, and every judge's score side by side, all with 95 % intervals over prompts."""
+    KL divergence, length, and every judge's score side by side, all with 95 % intervals over prompts.
+
+    A prompt that is longer than the model's context is counted and left out; the exit code is then 3.
+    """
     from corrigible.evaluate.evaluation import evaluate_policy
     from corrigible.evaluate.win_rate import SignalJudge
     from corrigible.loop.prompts import read_prompts
@@ -128,8 +131,10 @@ def evaluate(
         )
     if json:
         print_json(result)
-        return
-    _print(evaluation)
+    else:
+        _print(evaluation)
+    if any("context_overflow" in rate.not_judged for rate in evaluation.win_rates.values()):
+        raise typer.Exit(BadInputError.exit_code)
 
 
 def _signals(judges: list[str]) -> Mapping[str, Signal]:
@@ -193,7 +198,7 @@ def _print(found: Evaluation) -> None:
     console.print(sides)
     if found.kl is not None:
         console.print(
-            f"KL to the baseline: {found.kl.value:.3f} {_interval(found.kl.per_sequence)} nats an answer, "
+            f"KL to the baseline: {found.kl.value:.3f} ({_interval(found.kl.per_sequence)}) nats an answer, "
             f"{found.kl.per_token.value:.4f} a token"
             + ("" if found.kl.on_policy else " (log ratio under the sampler: temperature or top-p is not 1)"),
             markup=False,
