@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import json
+import shlex
 from dataclasses import replace
 
 import pytest
 from typer.testing import CliRunner
 
 from corrigible.cli import app
+from corrigible.cli.demo import _show, next_commands
 from corrigible.errors import BadInputError
 from corrigible.events import AnyEvent, EventBus, use_bus
 from corrigible.loop.registry import Registry
@@ -101,6 +103,38 @@ def test_an_interrupted_turn_goes_on_and_ends_the_same(finished, tmp_path, after
         assert [p.weights for p in mine.policies()] == [p.weights for p in theirs.policies()]
 
 
+def test_a_finished_turn_is_set_aside_and_never_deleted(tmp_path):
+    out = tmp_path / "demo"
+    first = Turn(out, TINY)
+    first._open()
+    with Store.open(out / "store.db"):
+        pass
+    (out / "summary.json").write_text("{}")
+    Turn(out, TINY)._open()
+    assert (tmp_path / "demo-1" / "store.db").exists(), "what people judged since is still there"
+    assert not (out / "summary.json").exists() and (out / "work" / "state.json").exists()
+
+
+def test_what_the_demo_advises_can_be_typed(tmp_path):
+    for command, _ in next_commands(tmp_path / "a folder", "demo-v2"):
+        name, *arguments = shlex.split(command)
+        assert name == "corrigible"
+        ended = CliRunner().invoke(app, arguments)
+        assert ended.exit_code != 2, f"{command}: {ended.output}"
+
+
+def test_a_refusal_gives_only_the_checks_that_failed(finished):
+    _, summary = finished
+    assert summary["reasons"] and not any("limit" in reason for reason in summary["reasons"])
+
+
+def test_the_demo_command_says_what_came_out(finished, capsys):
+    out, summary = finished
+    _show(summary, out)
+    said = capsys.readouterr().out
+    assert "Not promoted" in said and "report.html" in said and "nats" in said
+
+
 def test_other_settings_do_not_mix_with_an_unfinished_turn(tmp_path):
     Turn(tmp_path, TINY)._open()
     with pytest.raises(BadInputError, match="--fresh"):
@@ -118,6 +152,7 @@ def test_the_commands_read_what_the_turn_left(finished):
     ]
     tree = run.invoke(app, ["lineage", "demo-v2", "--store", store])
     assert tree.exit_code == 0 and "judgements" in tree.stdout and "demo-v1" in tree.stdout
+    assert "evaluated against demo-v1: win rate" in tree.stdout
     found = json.loads(
         run.invoke(app, ["lineage", "demo-v2", "--store", store, "--records", "--json"]).stdout
     )

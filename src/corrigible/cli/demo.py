@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from corrigible.cli.console import Json, console, error_console, examples, print_json, progress_bus
+from corrigible.cli.console import Json, console, examples, print_json, progress_bus
 
 DEFAULT_OUT = Path("runs/demo")
 
@@ -40,7 +41,11 @@ def register(app: typer.Typer) -> None:
         quick: bool = typer.Option(
             False, "--quick", help="Few prompts: checks that it runs, proves nothing."
         ),
-        fresh: bool = typer.Option(False, "--fresh", help="Throw away an unfinished turn in --out first."),
+        fresh: bool = typer.Option(
+            False,
+            "--fresh",
+            help="Do not go on with an unfinished turn in --out: set it aside and begin anew.",
+        ),
         json: Json = False,
     ) -> None:
         """Turn the whole loop once: act, collect, model, align, evaluate, promote.
@@ -51,7 +56,7 @@ def register(app: typer.Typer) -> None:
         it when you like: the same command goes on where it stopped.
         """
         from corrigible.loop.prompts import household, read_prompts
-        from corrigible.loop.turn import Turn, TurnConfig, clear
+        from corrigible.loop.turn import Turn, TurnConfig, set_aside
 
         asked = read_prompts(prompts) if prompts is not None else household()
         settings: dict[str, Any] = {"model": model, "seed": seed}
@@ -68,7 +73,7 @@ def register(app: typer.Typer) -> None:
             half = len(asked) // 2
             settings |= {"train_prompts": len(asked) - half, "held_out": half, "kl_prompts": min(24, half)}
         if fresh:
-            clear(out)
+            set_aside(out)
         with progress_bus(json, run="demo"):
             summary = Turn(out, TurnConfig(**settings), prompts=asked).run()
         if json:
@@ -102,13 +107,18 @@ def _show(summary: dict[str, Any], out: Path) -> None:
         console.print("\n[bold green]Promoted.[/] The interval lies above one half.")
     else:
         console.print("\n[bold red]Not promoted.[/] " + escape("; ".join(summary["reasons"])))
-    console.print("\nWhat next:")
-    store = out / "store.db"
-    for command, why in (
-        (f"open {out / 'report.html'}", "the report, with answers before and after"),
-        (f"corrigible lineage demo-v2 --store {store}", "from the policy back to every judgement"),
-        (f"corrigible judge --store {store}", "judge some pairs yourself"),
-        ("corrigible train reward --data FILE", "on your own comparisons"),
-    ):
+    console.print(f"\nThe report, with answers before and after: [bold]{escape(str(out / 'report.html'))}[/]")
+    console.print("What next:")
+    for command, why in next_commands(out, f"{summary['settings']['name']}-v2"):
         console.print(f"  [cyan]{escape(command)}[/]  [dim]{escape(why)}[/]")
-    error_console.print("")
+
+
+def next_commands(out: Path, policy: str) -> list[tuple[str, str]]:
+    """What somebody who has seen the demo may want to type, and why."""
+    store = shlex.quote(str(out / "store.db"))
+    return [
+        (f"corrigible lineage {policy} --store {store}", "from the policy back to every judgement"),
+        (f"corrigible judge --annotator me --store {store}", "judge some pairs yourself"),
+        (f"corrigible show --store {store}", "what the store holds"),
+        ("corrigible train reward --data FILE --out runs/reward", "learn from your own comparisons"),
+    ]

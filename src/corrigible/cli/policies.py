@@ -158,6 +158,12 @@ def _grow(tree: Any, found: Lineage) -> None:
     for name, score in found.version.scores.items():
         if isinstance(score, dict) and "value" in score:
             tree.add(f"{escape(name)} {score['value']:.3f} {score.get('interval', '')}")
+    if found.evaluation:
+        low, high = found.evaluation["win_rate_interval"]
+        tree.add(
+            f"evaluated against {escape(str(found.evaluation['baseline']))}: "
+            f"win rate {found.evaluation['win_rate']:.3f} [{low:.3f}, {high:.3f}]"
+        )
     if found.judgements:
         kinds = ", ".join(f"{count} {kind}" for kind, count in found.kinds.items())
         branch = tree.add(f"trained on {found.judgements} judgements ({kinds or 'records of another store'})")

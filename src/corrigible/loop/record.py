@@ -47,7 +47,11 @@ def turn_record(
         "store": str(turn.out / "store.db"),
         "settings": asdict(turn.config),
         "gate": asdict(turn.gate),
-        "verdict": {"decision": verdict.decision, "checks": [asdict(check) for check in verdict.checks]},
+        "verdict": {
+            "decision": verdict.decision,
+            "reasons": verdict.reasons,
+            "checks": [asdict(check) for check in verdict.checks],
+        },
         "policies": {"start": start.to_json(), "candidate": candidate.to_json()},
         "panel": panel_table(turn, store, records),
         "reward": reward_record,
@@ -139,6 +143,7 @@ def panel_table(turn: Turn, store: Store, records: list[Feedback]) -> list[dict[
 
 
 def write(out: Path, turn: dict[str, Any]) -> dict[str, Any]:
+    """Write ``turn.json``, the page and, last, ``summary.json``; returns the summary."""
     from corrigible.loop.report import write_report
 
     evaluation = turn["evaluation"]
@@ -146,7 +151,7 @@ def write(out: Path, turn: dict[str, Any]) -> dict[str, Any]:
         "win_rate": evaluation["win_rate"]["value"],
         "win_rate_interval": [evaluation["win_rate"]["low"], evaluation["win_rate"]["high"]],
         "verdict": turn["verdict"]["decision"],
-        "reasons": [check["detail"] for check in turn["verdict"]["checks"]],
+        "reasons": turn["verdict"]["reasons"],
         "gold_win_rate": evaluation["gold_win_rate"]["value"],
         "gold_win_rate_interval": [
             evaluation["gold_win_rate"]["low"],

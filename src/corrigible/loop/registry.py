@@ -42,6 +42,7 @@ class Lineage:
     kinds: dict[str, int] = field(default_factory=dict)
     annotators: dict[str, int] = field(default_factory=dict)
     episodes: dict[str, int] = field(default_factory=dict)
+    evaluation: dict[str, Any] = field(default_factory=dict)
     parent: Lineage | None = None
 
     def to_json(self) -> dict[str, Any]:
@@ -53,6 +54,7 @@ class Lineage:
             "kinds": self.kinds,
             "annotators": self.annotators,
             "episodes_judged_by_policy": self.episodes,
+            "evaluation": self.evaluation,
             "parent": self.parent.to_json() if self.parent else None,
         }
 
@@ -104,7 +106,7 @@ class Registry:
         """As :meth:`find`, but it must exist.
 
         Raises:
-            BadInputError: when no version, or more than one, answers to it.
+            BadInputError: no version answers to it, or only ids that begin so, and several.
         """
         found = self.find(id_or_name)
         if found is None:
@@ -134,6 +136,11 @@ class Registry:
             )
             for version in sorted(self.store.policies(), key=lambda p: (p.created_at, p.id))
         ]
+
+    def status(self, version: PolicyVersion) -> str:
+        """The last of ``created``, ``promoted``, ``refused`` and ``retired`` that happened to ``version``."""
+        events = self.store.policy_events(version.id)
+        return events[-1].event if events else "created"
 
     def current(self) -> PolicyVersion | None:
         """The version promoted last and not retired since, or ``None``."""
@@ -203,6 +210,9 @@ class Registry:
             for policy in record.policy or ():
                 if policy is not None and policy.snapshot:
                     episodes[policy.snapshot] += 1
+        measured = [
+            e.detail["evaluation"] for e in self.store.policy_events(version.id) if "evaluation" in e.detail
+        ]
         parent = self.find(version.parent) if version.parent else None
         return Lineage(
             version=version,
@@ -211,5 +221,6 @@ class Registry:
             kinds=dict(kinds.most_common()),
             annotators=dict(annotators.most_common()),
             episodes=dict(episodes.most_common()),
+            evaluation=measured[-1] if measured else {},
             parent=self._lineage(parent, status, (*below, version.id)) if parent else None,
         )

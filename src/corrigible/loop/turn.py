@@ -8,8 +8,8 @@ folder: answers, judgements and training steps that are on disk are not made twi
 
 from __future__ import annotations
 
+import hashlib
 import json
-import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -167,7 +167,8 @@ class Turn:
                 )
                 for episodes in sides:
                     store.add_episodes(episodes)
-                registry.decide(candidate, verdict, {"evaluation": evaluation.to_json()})
+                if registry.status(candidate) == "created":  # else it was decided before an interruption
+                    registry.decide(candidate, verdict, {"evaluation": evaluation.to_json()})
                 note("promoted" if verdict.promoted else "refused")
             turn = turn_record(
                 self,
@@ -361,16 +362,20 @@ class Turn:
 
     def _open(self) -> None:
         """Begin, or find where an interrupted turn stopped."""
-        self.out.mkdir(parents=True, exist_ok=True)
         path = self.out / "work" / "state.json"
-        settings = {"config": asdict(self.config), "gold": self.gold.declaration()}
+        asked = "\n".join(f"{prompt.id}\t{prompt.text}" for prompt in (*self.train, *self.held_out))
+        settings = {
+            "config": asdict(self.config),
+            "gold": self.gold.declaration(),
+            "prompts": hashlib.sha256(asked.encode()).hexdigest(),
+        }
         if (self.out / "summary.json").exists():
-            clear(self.out)  # a finished turn: this is a new one
+            set_aside(self.out)  # a finished turn: this is a new one
         if path.exists():
             self.state = json.loads(path.read_text(encoding="utf-8"))
             if self.state["settings"] != json.loads(json.dumps(settings)):
                 raise BadInputError(
-                    f"{self.out} holds an unfinished turn with other settings.",
+                    f"{self.out} holds an unfinished turn with other settings or prompts.",
                     advice="Give another --out, or begin anew with --fresh.",
                 )
             emit(Message(text=f"Going on with the unfinished turn in {self.out}."))
@@ -402,12 +407,19 @@ class Turn:
         emit(Message(text=f"{name}: {entry['summary']} ({entry['seconds']:.0f} s)"))
 
 
-def clear(out: Path) -> None:
-    """Remove what an earlier turn left in ``out``, and nothing else."""
-    for name in ("work", "reward", "policy", "store.db.blobs"):
-        shutil.rmtree(out / name, ignore_errors=True)
-    for name in ("summary.json", "turn.json", "report.html", "store.db", "store.db-wal", "store.db-shm"):
-        (out / name).unlink(missing_ok=True)
+def set_aside(out: Path) -> Path | None:
+    """Make room for a new turn: the folder ``out``, if it is there, becomes ``out-1`` (or ``-2``, …).
+
+    Nothing is deleted: the store of a turn also holds what people judged and promoted in it since.
+    """
+    if not out.exists():
+        return None
+    number = 1
+    while (aside := out.with_name(f"{out.name}-{number}")).exists():
+        number += 1
+    out.rename(aside)
+    emit(Message(text=f"The earlier turn in {out} is now in {aside}."))
+    return aside
 
 
 def clearest(pairs: Sequence[Pair], per_prompt: int) -> list[Pair]:
