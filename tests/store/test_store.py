@@ -340,3 +340,20 @@ def test_numbers_and_text_that_no_database_holds(store: Store) -> None:
     with pytest.raises(BadInputError, match="JSON"):
         store.add_feedback([record.model_copy(update={"rationale": "half of a pair: \ud83d"})])
     assert store.count_feedback() == 0
+
+
+def test_a_tally_and_an_abbreviated_id(store: Store) -> None:
+    first, items = vote(1, task_id="t")
+    second, more = vote(2)
+    store.add_feedback([first, second], [*items, *more])
+    counts = store.tally(top=1)
+    assert counts["totals"]["feedback"] == 2 and counts["kind"] == {"comparison": 2}
+    assert counts["task"] == {"t": 1}
+    assert store.find(first.id) == ("feedback", first.id)
+    assert store.find(items[0].sha256[:20]) == ("item", items[0].sha256)
+    with pytest.raises(BadInputError, match="is no id"):
+        store.find("ada")
+    with pytest.raises(BadInputError, match="holds nothing"):
+        store.find("0" * 12)
+    with pytest.raises(BadInputError, match="begins several ids"):
+        store.find(first.id[:6])

@@ -23,7 +23,7 @@ from corrigible.cli import console as _console
 from corrigible.cli.console import error_console, examples, print_json
 from corrigible.errors import BadInputError, CorrigibleError, Interrupted, StorageError
 
-MODULES = ("demo", "data", "generate", "judge", "train", "evaluate", "policies", "claims", "doctor")
+MODULES = ("demo", "data", "show", "generate", "judge", "train", "evaluate", "policies", "claims", "doctor")
 
 # The order of --help: that of the loop.
 ORDER = (

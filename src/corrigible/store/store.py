@@ -16,7 +16,7 @@ from sqlalchemy import Engine, Executable, func, or_, select
 
 from corrigible.errors import BadInputError, StorageError
 from corrigible.records import Episode, Feedback, Item, PolicyVersion
-from corrigible.store import schema
+from corrigible.store import lookup, schema
 from corrigible.store.blobs import Blobs
 from corrigible.store.database import connect, resolve
 from corrigible.store.faults import shown, translated
@@ -328,6 +328,18 @@ class Store:
         """
         check_limit(limit)
         return change_rows(self._fetch, after, limit)
+
+    def tally(self, top: int = 15) -> dict[str, Any]:
+        """How much there is: ``totals``, and judgements by kind, annotator, task, campaign (``top`` each)."""
+        return lookup.tally(self._fetch, top)
+
+    def find(self, name: str) -> tuple[str, str]:
+        """Table (feedback, episode, policy, item) and full id of the one record that ``name`` begins.
+
+        Raises:
+            BadInputError: ``name`` is no beginning of an id, or of none, or of several.
+        """
+        return lookup.find(self._fetch, name)
 
     def policies(self) -> list[PolicyVersion]:
         """Every policy version, in the order (created_at, id)."""
