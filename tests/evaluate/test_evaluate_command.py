@@ -133,6 +133,14 @@ def test_a_prompt_longer_than_the_context_is_left_out_and_told(adapter: Path, tm
     assert json.loads(text)["win_rates"]["gold"]["not_judged"] == {"context_overflow": 1}
 
 
+def test_a_line_that_is_no_prompt_is_named_and_the_rest_is_compared(adapter: Path, tmp_path: Path) -> None:
+    (tmp_path / "p.jsonl").write_text('{"prompt": "one"}\n{broken\n{"prompt": "two"}\n')
+    code, text, errors = run("--candidate", adapter, "--prompts", tmp_path / "p.jsonl", "--json", *FAST)
+    assert code == 3 and "line 2 is skipped" in errors
+    found = json.loads(text)
+    assert found["prompts"] == 2 and [line[:14] for line in found["bad_lines"]] == ["p.jsonl line 2"]
+
+
 def test_ctrl_c_keeps_answers_and_says_how_to_go_on(
     adapter: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

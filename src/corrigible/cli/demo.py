@@ -10,7 +10,8 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from corrigible.cli.console import Json, console, examples, print_json, progress_bus
+from corrigible.cli.console import Json, console, examples, print_json, print_warning, progress_bus
+from corrigible.errors import BadInputError
 
 DEFAULT_OUT = Path("runs/demo")
 
@@ -35,7 +36,8 @@ def register(app: typer.Typer) -> None:
         out: Path = typer.Option(DEFAULT_OUT, "--out", "-o", help="Folder for everything the turn leaves."),
         model: str = typer.Option("smollm2-135m", help="Policy to start from: a name, a folder or a hub id."),
         prompts: Path = typer.Option(
-            None, help="JSONL with `prompt`, or text with one prompt a line. Default: 200 that ship with it."
+            None,
+            help="Text, one prompt a line, or JSONL with `prompt` or `messages`. Default: 200 that ship.",
         ),
         seed: int = typer.Option(0, help="Of everything that is drawn."),
         quick: bool = typer.Option(
@@ -53,12 +55,15 @@ def register(app: typer.Typer) -> None:
         A small language model answers everyday prompts; five simulated people with known reliability
         and biases compare the answers; a reward model and a better policy are learned from that; the
         policy is tried on prompts it has not seen, and promoted only if the interval says so. Interrupt
-        it when you like: the same command goes on where it stopped.
+        it when you like: the same command goes on where it stopped. A prompt of your own file that cannot be
+        read is named and left out; the exit code is then 3.
         """
         from corrigible.loop.prompts import household, read_prompts
         from corrigible.loop.turn import Turn, TurnConfig, set_aside
 
-        asked = read_prompts(prompts) if prompts is not None else household()
+        asked, bad_lines = read_prompts(prompts) if prompts is not None else (household(), [])
+        for line in bad_lines:
+            print_warning(line)
         settings: dict[str, Any] = {"model": model, "seed": seed}
         if quick:
             settings |= {
@@ -77,9 +82,11 @@ def register(app: typer.Typer) -> None:
         with progress_bus(json, run="demo"):
             summary = Turn(out, TurnConfig(**settings), prompts=asked).run()
         if json:
-            print_json(summary)
+            print_json({**summary, "bad_lines": bad_lines})
         else:
             _show(summary, out)
+        if bad_lines:
+            raise typer.Exit(BadInputError.exit_code)
 
 
 def _show(summary: dict[str, Any], out: Path) -> None:

@@ -49,7 +49,7 @@ def evaluate(
         "", "--baseline", "-b", help="The same. Default: the candidate's model without its adapter."
     ),
     prompts: Path = typer.Option(
-        ..., "--prompts", "-p", help='Held-out prompts: one a line, or JSONL with "prompt".'
+        ..., "--prompts", "-p", help='Held-out prompts: one a line, or JSONL with "prompt" or "messages".'
     ),
     judge: list[str] = typer.Option(
         ["gold"], "--judge", "-j", help="gold (the house style) or reward:FOLDER; the first one decides."
@@ -73,14 +73,18 @@ def evaluate(
     """Answer held-out prompts with two policies and compare: win rate (paired by prompt, both orders),
     KL divergence, length, and every judge's score side by side, all with 95 % intervals over prompts.
 
-    A prompt that is longer than the model's context is counted and left out; the exit code is then 3.
+    A prompt that cannot be read, or is longer than the model's context, is named or counted and left out;
+    the exit code is then 3.
     """
     from corrigible.evaluate.evaluation import evaluate_policy
     from corrigible.evaluate.win_rate import SignalJudge
     from corrigible.loop.prompts import read_prompts
     from corrigible.records import Sampling
 
-    asked = [prompt.messages(system) for prompt in read_prompts(prompts)]
+    found, bad_lines = read_prompts(prompts)
+    for line in bad_lines:
+        print_warning(line)
+    asked = [prompt.messages(system) for prompt in found]
     signals = _signals(judge)
     sampling = Sampling(temperature=temperature, top_p=top_p, max_tokens=max_tokens, seed=seed, n=n)
     with tempfile.TemporaryDirectory() as scratch, progress_bus(json):
@@ -122,7 +126,12 @@ def evaluate(
         finally:
             if opened is not None:
                 opened.close()
-    result = {**evaluation.to_json(), "prompts": len(asked), "sampling": sampling.to_json()}
+    result = {
+        **evaluation.to_json(),
+        "prompts": len(asked),
+        "bad_lines": bad_lines,
+        "sampling": sampling.to_json(),
+    }
     if out is not None:
         import json as jsonlib
 
@@ -133,7 +142,7 @@ def evaluate(
         print_json(result)
     else:
         _print(evaluation)
-    if any("context_overflow" in rate.not_judged for rate in evaluation.win_rates.values()):
+    if bad_lines or any("context_overflow" in rate.not_judged for rate in evaluation.win_rates.values()):
         raise typer.Exit(BadInputError.exit_code)
 
 

@@ -179,33 +179,16 @@ def _report(
 
 
 def _read(texts: list[str], path: Path | None) -> tuple[list[tuple[Message, ...]], list[str]]:
-    """The prompts, and what is wrong with the lines that hold none."""
+    """The prompts of the command line and of the file, and what is wrong with those that are none."""
+    from corrigible.loop.prompts import read_prompts
     from corrigible.records import as_messages
 
     questions = [as_messages(text) for text in texts if text.strip()]
     bad = [f"--prompt {i + 1} is empty" for i, text in enumerate(texts) if not text.strip()]
-    if path is None:
-        return questions, bad
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except FileNotFoundError as error:
-        raise BadInputError(f"There is no file {path}.", advice="Check the path.") from error
-    except (UnicodeDecodeError, OSError) as error:
-        raise BadInputError(f"{path} cannot be read as text: {error}", advice="Save it as UTF-8.") from error
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            value: Any = line.strip()
-            if path.suffix in (".jsonl", ".json"):
-                value = jsonlib.loads(line)
-                if isinstance(value, dict):
-                    value = value.get("messages", value.get("prompt"))
-            if not isinstance(value, str | list) or not value:
-                raise BadInputError('no text or messages under "prompt" or "messages"')
-            questions.append(as_messages(value))
-        except (jsonlib.JSONDecodeError, BadInputError) as error:
-            bad.append(f"{path.name} line {number} is skipped: {error}")
+    if path is not None:
+        found, bad_lines = read_prompts(path)
+        questions += [prompt.messages() for prompt in found]
+        bad += bad_lines
     return questions, bad
 
 

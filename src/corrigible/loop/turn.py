@@ -26,7 +26,7 @@ from corrigible.loop.memory import peak_rss_mb
 from corrigible.loop.prompts import Prompt, household, split
 from corrigible.loop.record import rate, turn_record, write, write_json
 from corrigible.loop.registry import Registry
-from corrigible.records import Episode, Feedback, PolicyVersion, Sampling, new_id
+from corrigible.records import Episode, Feedback, PolicyVersion, Sampling, messages_text, new_id
 from corrigible.store import Pair, Store, load_pairs
 
 if TYPE_CHECKING:
@@ -363,7 +363,9 @@ class Turn:
     def _open(self) -> None:
         """Begin, or find where an interrupted turn stopped."""
         path = self.out / "work" / "state.json"
-        asked = "\n".join(f"{prompt.id}\t{prompt.text}" for prompt in (*self.train, *self.held_out))
+        asked = "\n".join(
+            f"{prompt.id}\t{messages_text(prompt.conversation)}" for prompt in (*self.train, *self.held_out)
+        )
         settings = {
             "config": asdict(self.config),
             "gold": self.gold.declaration(),

@@ -7,47 +7,69 @@ import random
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 from corrigible.errors import BadInputError
-from corrigible.records import Message
+from corrigible.records import Message, as_messages
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """One prompt: its id, the topic it belongs to, and what the user says."""
+    """One prompt: its id, the topic it belongs to, and the conversation that asks it."""
 
     id: str
     topic: str
-    text: str
+    conversation: tuple[Message, ...]
+
+    @property
+    def text(self) -> str:
+        """What is said last, for people to read."""
+        return self.conversation[-1].text
 
     def messages(self, system: str = "") -> tuple[Message, ...]:
-        """The conversation that asks it, with a system message unless that is empty."""
-        user = Message(role="user", content=self.text)
-        return (Message(role="system", content=system), user) if system else (user,)
+        """The conversation, with ``system`` before it unless that is empty or it brings its own."""
+        if not system or self.conversation[0].role == "system":
+            return self.conversation
+        return (Message(role="system", content=system), *self.conversation)
 
 
 def household() -> list[Prompt]:
     """The 200 everyday prompts of the demo, over 15 topics, written for this project."""
     text = resources.files("corrigible.loop.prompts").joinpath("household.jsonl").read_text(encoding="utf-8")
-    return _parse(text, "household.jsonl")
+    return _parse(text, "household.jsonl")[0]
 
 
-def read_prompts(path: str | Path) -> list[Prompt]:
-    """Prompts of a file: JSONL with ``prompt`` (and ``id``, ``topic``), or plain text, one a line.
+def read_prompts(path: str | Path) -> tuple[list[Prompt], list[str]]:
+    """The prompts of a file, and what is wrong with the lines that hold none.
+
+    A ``.jsonl`` (or ``.json``) file has on each line a text, a list of messages, or an object with
+    ``prompt`` or ``messages``, and if wanted ``id`` and ``topic``; any other file is plain text, one
+    prompt a line. Blank lines are passed over. A line that cannot be used never costs the others: it is
+    named in the second list, for the caller to show and to answer for with exit code 3.
 
     Raises:
-        BadInputError: the file is missing, empty or malformed; the message names the line.
+        BadInputError: the file is missing, is no UTF-8 text, or holds no prompt at all.
     """
     source = Path(path)
     try:
-        text = source.read_text(encoding="utf-8")
+        text = source.read_text(encoding="utf-8-sig")
     except FileNotFoundError as error:
         raise BadInputError(f"There is no file {source}.", advice="Check the path.") from error
-    except (UnicodeDecodeError, IsADirectoryError) as error:
+    except UnicodeDecodeError as error:
         raise BadInputError(
             f"{source} is not a UTF-8 text file: {error}.", advice="Save it as UTF-8."
         ) from error
-    return _parse(text, source.name)
+    except OSError as error:
+        raise BadInputError(
+            f"{source} cannot be read: {error.strerror}.", advice="Check the path."
+        ) from error
+    prompts, bad_lines = _parse(text, source.name)
+    if not prompts:
+        raise BadInputError(
+            f"{source.name} holds no prompt{f': {bad_lines[0]}' if bad_lines else '.'}",
+            advice='Put one prompt on each line; in JSONL, write {"prompt": "…"} or {"messages": […]}.',
+        )
+    return prompts, bad_lines
 
 
 def split(prompts: list[Prompt], held_out: int, train: int, seed: int) -> tuple[list[Prompt], list[Prompt]]:
@@ -74,38 +96,34 @@ def split(prompts: list[Prompt], held_out: int, train: int, seed: int) -> tuple[
     return rest[:train], [p for p in shuffled if p.id in evaluate]
 
 
-def _parse(text: str, name: str) -> list[Prompt]:
+def _parse(text: str, name: str) -> tuple[list[Prompt], list[str]]:
     prompts: list[Prompt] = []
+    bad_lines: list[str] = []
     seen: set[str] = set()
-    for number, line in enumerate(text.splitlines(), start=1):
+    is_json = name.endswith((".jsonl", ".json"))
+    # Not splitlines(): JSON may hold U+2028 and its like unescaped, within a line.
+    for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
-        row = (
-            {"prompt": line.strip()}
-            if not name.endswith((".jsonl", ".json"))
-            else _json_row(line, name, number)
-        )
-        prompt = Prompt(str(row.get("id", f"line-{number}")), str(row.get("topic", "")), row["prompt"])
-        if prompt.id in seen:
-            raise BadInputError(
-                f"{name} line {number}: the id {prompt.id} came before.", advice="Ids must differ."
-            )
-        seen.add(prompt.id)
-        prompts.append(prompt)
-    if not prompts:
-        raise BadInputError(f"{name} holds no prompt.", advice="Put one prompt on each line.")
-    return prompts
+        try:
+            value: Any = json.loads(line) if is_json else line.strip()
+            row = value if isinstance(value, dict) else {"prompt": value}
+            prompt = Prompt(str(row.get("id", f"line-{number}")), str(row.get("topic", "")), _asked(row))
+            if prompt.id in seen:
+                raise BadInputError(f"the id {prompt.id} came before.")
+        except json.JSONDecodeError as error:
+            bad_lines.append(f"{name} line {number} is skipped: it is not JSON: {error}")
+        except BadInputError as error:
+            bad_lines.append(f"{name} line {number} is skipped: {error}")
+        else:
+            seen.add(prompt.id)
+            prompts.append(prompt)
+    return prompts, bad_lines
 
 
-def _json_row(line: str, name: str, number: int) -> dict[str, str]:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise BadInputError(
-            f"{name} line {number} is not JSON: {error}.", advice="One JSON object a line."
-        ) from error
-    if not isinstance(row, dict) or not isinstance(row.get("prompt"), str) or not row["prompt"].strip():
-        raise BadInputError(
-            f'{name} line {number} has no text under "prompt".', advice='Write {"prompt": "…"} on each line.'
-        )
-    return row
+def _asked(row: dict[str, Any]) -> tuple[Message, ...]:
+    """The conversation under ``messages``, else under ``prompt``."""
+    value = row.get("messages", row.get("prompt"))
+    if not isinstance(value, str | list) or not value or (isinstance(value, str) and not value.strip()):
+        raise BadInputError('it has no text or messages under "prompt" or "messages".')
+    return as_messages(value)
