@@ -17,6 +17,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("MPLBACKEND", "Agg")
+# The same numbers on every machine: "auto" would be bfloat16 on a processor that multiplies it. Tests of
+# bfloat16 ask for it by name.
+os.environ.setdefault("CORRIGIBLE_DTYPE", "float32")
 
 
 def find_data() -> Path | None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from corrigible.errors import BadInputError, NumericsError
-from corrigible.models import LanguagePolicy, Rendered, TokenKind, logprobs, logprobs_reference
+from corrigible.models import LanguagePolicy, Rendered, TokenKind, head, logprobs_reference
 from corrigible.models.logprobs import sequence_logprobs, token_logprobs
 
 
@@ -75,7 +75,8 @@ def test_chunked_head_equals_whole_in_value_and_gradient(
         return total.detach(), [p.grad.clone() for p in policy.model.parameters()]
 
     whole, gradients = gradient()
-    monkeypatch.setattr(logprobs, "LOGITS_BYTES", 4 * 259 * 7)
+    monkeypatch.setattr(head, "BLOCK_BYTES", 4 * 259 * 7)
+    monkeypatch.setattr(head, "KEEP_BYTES", 0)
     chunked, chunked_gradients = gradient()
     torch.testing.assert_close(whole, chunked)
     for one, other in zip(gradients, chunked_gradients, strict=True):
@@ -115,7 +116,7 @@ def test_a_head_that_is_not_plain_is_noticed(policy: LanguagePolicy) -> None:
         return output
 
     policy.model.forward = capped
-    policy._head_is_plain = None
+    policy._head_is_plain = policy.plain_path = None
     assert not policy.head_is_plain
     got = sequence_logprobs(policy, batch)
     assert not torch.allclose(got, plain, atol=0.1)

@@ -249,6 +249,7 @@ def test_adapters_that_do_not_fit(tmp_path: Path) -> None:
 
 
 def test_dtype_and_device(monkeypatch: pytest.MonkeyPatch, recorded_events: list[Any]) -> None:
+    monkeypatch.delenv("CORRIGIBLE_DTYPE", raising=False)
     monkeypatch.setattr(load, "_cpu_multiplies_bfloat16", lambda: False)
     assert preferred_dtype("cpu") is torch.float32
     assert load_policy("tiny-random", device="cpu").dtype is torch.float32
@@ -258,6 +259,12 @@ def test_dtype_and_device(monkeypatch: pytest.MonkeyPatch, recorded_events: list
     assert load_policy("tiny-random", dtype="float32", device="cpu").dtype is torch.float32
     with pytest.raises(BadInputError, match="unknown"):
         load_policy("tiny-random", dtype="int3")
+    monkeypatch.setenv("CORRIGIBLE_DTYPE", "float16")
+    assert preferred_dtype("cpu") is torch.float16
+    monkeypatch.setenv("CORRIGIBLE_DTYPE", "int3")
+    with pytest.raises(BadInputError, match="CORRIGIBLE_DTYPE"):
+        load_policy("tiny-random")
+    monkeypatch.delenv("CORRIGIBLE_DTYPE")
     with pytest.raises(BadInputError, match="no device"):
         load_policy("tiny-random", device="abacus")
 

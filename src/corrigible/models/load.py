@@ -88,11 +88,15 @@ def load_policy(
 
 
 def preferred_dtype(device: str | torch.device = "auto") -> torch.dtype:
-    """bfloat16 where the hardware multiplies it, float32 elsewhere.
+    """What ``CORRIGIBLE_DTYPE`` names; else bfloat16 where the hardware multiplies it, float32 elsewhere.
 
     On a processor without AMX or AVX-512 BF16 a bfloat16 matrix product is emulated and about a
     hundred times slower than the float32 one.
     """
+    if name := os.environ.get("CORRIGIBLE_DTYPE"):
+        if name not in _DTYPES:
+            raise BadInputError(f"CORRIGIBLE_DTYPE is {name!r}.", advice=f"Use one of {', '.join(_DTYPES)}.")
+        return _DTYPES[name]
     device = _device(device)
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32

@@ -1,8 +1,6 @@
-"""Log-probabilities of completions, batched, equal to the plain reference.
+"""Log-probabilities of completions, cut into forward passes of a bounded size.
 
-What carries no signal is not computed: tokens after the last scored one are cut, the output head
-(a third of SmolLM2) runs on scored positions only, rows are sorted by length so that little is
-padding, and the logits of at most a bounded number of positions exist at a time.
+Equal to the plain reference; how, is :mod:`corrigible.models.scoring`'s business.
 """
 
 from __future__ import annotations
@@ -11,17 +9,14 @@ from collections.abc import Iterator, Sequence
 from typing import Literal, overload
 
 import torch
-from torch.utils.checkpoint import checkpoint
 
-from corrigible.errors import BadInputError, NumericsError
+from corrigible.errors import BadInputError
 from corrigible.models.policy import LanguagePolicy
 from corrigible.models.renderer import Rendered
+from corrigible.models.scoring import Scorer, check_rows
 
 TOKEN_BUDGET = 4096
 """Tokens (padding included) in one forward pass unless told otherwise."""
-
-LOGITS_BYTES = 128 << 20
-"""How much memory the logits may take at a time."""
 
 
 @overload
@@ -83,94 +78,23 @@ def token_logprobs(
     policy: LanguagePolicy, batch: Sequence[Rendered], *, grad: bool = False, token_budget: int = TOKEN_BUDGET
 ) -> list[torch.Tensor]:
     """As :func:`sequence_logprobs` with ``reduce=None``: one float32 tensor ``(scored tokens,)`` per row."""
-    scored = _check(policy, batch)
+    check_rows(policy, batch)
+    scorer = Scorer(policy)
     results: list[torch.Tensor | None] = [None] * len(batch)
-    with torch.set_grad_enabled(grad):
-        for rows in _micro_batches(scored, token_budget):
-            flat = _forward(policy, [batch[i] for i in rows], [scored[i] for i in rows])
-            for i, values in zip(rows, torch.split(flat, [len(scored[i]) for i in rows]), strict=True):
-                results[i] = values
-    finished = [values for values in results if values is not None]
-    for i, values in enumerate(finished):
-        if not bool(values.detach().isfinite().all()):
-            raise NumericsError(
-                f"The log-probabilities of row {i} are not finite.",
-                advice="Something overflowed: lower the learning rate, or use float32 or bfloat16.",
-            )
-    return finished
+    for rows in _micro_batches(batch, token_budget):
+        for i, values in zip(rows, scorer([[batch[i] for i in rows]], grad=grad), strict=True):
+            results[i] = values
+    return [values for values in results if values is not None]
 
 
-def _check(policy: LanguagePolicy, batch: Sequence[Rendered]) -> list[tuple[int, ...]]:
-    if not batch:
-        raise BadInputError("The batch is empty: there is nothing to score.")
-    scored = [rendered.scored for rendered in batch]
-    for i, (rendered, positions) in enumerate(zip(batch, scored, strict=True)):
-        if not positions:
-            raise BadInputError(
-                f"Row {i} of the batch has no scored token (an answer of length zero?).",
-                advice="Leave it out, or render it with its end-of-turn token.",
-            )
-        if positions[0] == 0:
-            raise BadInputError(f"Row {i} of the batch scores its first token, but nothing stands before it.")
-        if len(rendered) > policy.context_length:
-            raise BadInputError(
-                f"Row {i} has {len(rendered)} tokens; {policy.name} reads {policy.context_length}.",
-                advice="Leave it out, or use renderer.fit(rendered, max_length, policy='truncate_prompt').",
-            )
-    return scored
-
-
-def _micro_batches(scored: Sequence[tuple[int, ...]], token_budget: int) -> Iterator[list[int]]:
+def _micro_batches(batch: Sequence[Rendered], token_budget: int) -> Iterator[list[int]]:
+    lengths = [row.scored[-1] for row in batch]
     rows: list[int] = []
     # Longest first, so that a batch that does not fit fails at once.
-    for i in sorted(range(len(scored)), key=lambda i: -scored[i][-1]):
-        if rows and scored[rows[0]][-1] * (len(rows) + 1) > token_budget:
+    for i in sorted(range(len(batch)), key=lambda i: -lengths[i]):
+        if rows and lengths[rows[0]] * (len(rows) + 1) > token_budget:
             yield rows
             rows = []
         rows.append(i)
     if rows:
         yield rows
-
-
-def _forward(
-    policy: LanguagePolicy, batch: Sequence[Rendered], scored: Sequence[tuple[int, ...]]
-) -> torch.Tensor:
-    """``(all scored tokens of the batch,)``, row after row."""
-    # The last scored token is predicted, never read. Padding stands on the right, so with causal
-    # attention no scored position sees it: no mask is needed, and positions count from 0 in each row.
-    width = max(positions[-1] for positions in scored)
-    ids = torch.zeros((len(batch), width), dtype=torch.long)
-    read, targets = [], []
-    for row, (rendered, positions) in enumerate(zip(batch, scored, strict=True)):
-        ids[row, : positions[-1]] = torch.tensor(rendered.ids[: positions[-1]])
-        read += [row * width + position - 1 for position in positions]
-        targets += [rendered.ids[position] for position in positions]
-    device = policy.device
-    ids, where, wanted = (
-        ids.to(device),
-        torch.tensor(read, device=device),
-        torch.tensor(targets, device=device),
-    )
-    if policy.head_is_plain:
-        states = policy.hidden_states(ids)
-        states = states.reshape(-1, states.shape[-1]).index_select(0, where)
-        head = policy.head
-    else:
-        logits = policy.network(input_ids=ids, use_cache=False).logits
-        states = logits.reshape(-1, logits.shape[-1]).index_select(0, where)
-
-        def head(hidden: torch.Tensor) -> torch.Tensor:
-            return hidden
-
-    def score(hidden: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        logits = head(hidden).float()
-        return logits.gather(-1, target[:, None])[:, 0] - logits.logsumexp(dim=-1)
-
-    chunk = max(1, LOGITS_BYTES // (4 * int(policy.network.config.vocab_size)))
-    if len(targets) <= chunk:
-        return score(states, wanted)
-    parts = zip(torch.split(states, chunk), torch.split(wanted, chunk), strict=True)
-    if torch.is_grad_enabled():
-        # Each chunk's logits are computed again in the backward pass instead of being kept.
-        return torch.cat([checkpoint(score, h, t, use_reentrant=False) for h, t in parts])
-    return torch.cat([score(h, t) for h, t in parts])

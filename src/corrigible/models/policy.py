@@ -74,6 +74,8 @@ class LanguagePolicy:
             end_of_turn_ids=ends if isinstance(ends, list) else [ends] if ends is not None else [],
         )
         self._head_is_plain: bool | None = None
+        # Why the model takes the plain path: unknown yet, "" when it does not (see models.network).
+        self.plain_path: str | None = None
         # With pad == eos, padding_idx would silently freeze the embedding of the end-of-turn token.
         # Padding is told apart by position here, never by id, so nothing needs it.
         embedding = self.network.get_input_embeddings()
