@@ -10,7 +10,7 @@ import pytest
 
 # What everybody may use stands first; after it, the rooms in the order of the loop.
 ORDER = (
-    ("errors", "events", "subscribers", "intervals"),
+    ("errors", "events", "files", "subscribers", "intervals"),
     *((room,) for room in ("records", "store", "models", "rewards", "align", "collect", "evaluate")),
     *((room,) for room in ("loop", "claims", "cli")),
 )

@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from corrigible.align.checkpoint import checkpoints, load_latest, save_checkpoint, write_atomically
+from corrigible.align.checkpoint import checkpoints, load_latest, save_checkpoint
 from corrigible.errors import StorageError
 from corrigible.events import Alert, EventBus, use_bus
+from corrigible.files import write_atomically
 
 
 def test_round_trip_keeps_the_last_two(tmp_path: Path) -> None:
@@ -68,8 +69,9 @@ def test_a_full_disk_leaves_the_previous_checkpoint_as_it_was(tmp_path: Path) ->
         import resource, sys
         from pathlib import Path
         import torch
-        from corrigible.align.checkpoint import load_latest, save_checkpoint, write_atomically
+        from corrigible.align.checkpoint import load_latest, save_checkpoint
         from corrigible.errors import StorageError
+        from corrigible.files import write_atomically
 
         folder = Path(sys.argv[1])
         save_checkpoint(folder, 1, {"w": torch.ones(1000)}, {})

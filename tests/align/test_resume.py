@@ -226,7 +226,7 @@ def test_a_full_disk_stops_the_run_and_the_previous_checkpoint_goes_on(
 
     import corrigible.align.checkpoint as module
 
-    plain, writes = module._sync, []
+    plain, writes = module.sync, []
 
     def full(path: Path) -> None:
         writes.append(path)
@@ -234,7 +234,7 @@ def test_a_full_disk_stops_the_run_and_the_previous_checkpoint_goes_on(
             raise OSError(errno.ENOSPC, "No space left on device")
         plain(path)
 
-    monkeypatch.setattr(module, "_sync", full)
+    monkeypatch.setattr(module, "sync", full)
     with pytest.raises(StorageError, match="disk is full") as caught:
         train(tmp_path / "cut", make_policy, make_pairs)
     assert caught.value.exit_code == 5

@@ -7,13 +7,10 @@ full disk or a power cut at any moment leaves the previous checkpoint as it was.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
-import os
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,9 +19,9 @@ from torch import Tensor
 
 from corrigible.errors import StorageError
 from corrigible.events import Alert, emit
+from corrigible.files import storage_errors, sync, write_atomically
 
 _FORMAT = "corrigible/checkpoint@1"
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @dataclass(frozen=True)
@@ -59,17 +56,16 @@ def save_checkpoint(
             writing.mkdir()
             file = writing / "tensors.safetensors"
             save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, file)
-            _sync(file)
+            sync(file)
             document = {
                 "format": _FORMAT,
                 "step": step,
                 "sha256": _sha256(file),
                 "state": dict(state),
             }
-            _write(writing / "state.json", json.dumps(document, indent=1, sort_keys=True).encode())
-            _sync(writing)
+            write_atomically(writing / "state.json", json.dumps(document, indent=1, sort_keys=True))
             writing.rename(final)
-            _sync(folder)
+            sync(folder)
         except BaseException:
             shutil.rmtree(writing, ignore_errors=True)
             raise
@@ -105,46 +101,6 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("step-*") if path.is_dir())
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Replace ``path`` by ``data``: readers see the old content or the new, never a part.
-
-    Raises:
-        StorageError: the disk is full or not writable; the old content is untouched.
-    """
-    with storage_errors(path.parent):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        writing = path.with_name(f".writing-{path.name}")
-        try:
-            _write(writing, data)
-            writing.replace(path)
-            _sync(path.parent)
-        except BaseException:
-            writing.unlink(missing_ok=True)
-            raise
-
-
-@contextmanager
-def storage_errors(where: Path) -> Iterator[None]:
-    """Turn what the operating system says about writing into a :class:`StorageError` with advice."""
-    from safetensors import SafetensorError
-
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        # safetensors reports the operating system's error as text only: "... (os error 28)".
-        text = str(error)
-        number = getattr(error, "errno", None)
-        if number in _FULL or any(f"os error {code})" in text for code in _FULL):
-            raise StorageError(
-                f"The disk is full: could not write under {where}.",
-                advice="Free some space and run again with --resume; the previous checkpoint is intact.",
-            ) from error
-        raise StorageError(
-            f"Could not write under {where}: {getattr(error, 'strerror', None) or text}.",
-            advice="Check that the folder can be written, then run again with --resume.",
-        ) from error
-
-
 def _read(path: Path) -> Checkpoint | None:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -157,22 +113,6 @@ def _read(path: Path) -> Checkpoint | None:
         return Checkpoint(int(document["step"]), load_file(file), document["state"])
     except (OSError, ValueError, KeyError, TypeError, SafetensorError):
         return None
-
-
-def _write(path: Path, data: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync(path: Path) -> None:
-    # Of a file, its content; of a folder, the names in it: a rename is durable only once its folder is.
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _sha256(path: Path) -> str:

@@ -7,7 +7,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from corrigible.align.checkpoint import write_atomically
 from corrigible.align.config import TrainConfig
 from corrigible.align.implicit_reward import implicit_reward_accuracy
 from corrigible.align.registry import DPOConfig, get_algorithm
@@ -15,6 +14,7 @@ from corrigible.align.sources import PairSource
 from corrigible.align.trainer import Trainer, TrainResult
 from corrigible.errors import BadInputError
 from corrigible.events import Message, emit
+from corrigible.files import write_atomically
 from corrigible.models import LanguagePolicy, load_policy
 from corrigible.records import Episode, PolicyVersion, TrainedOn
 from corrigible.store import Pair, Store, load_pairs

@@ -16,12 +16,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from corrigible.align.checkpoint import write_atomically
 from corrigible.align.config import ReferenceMode
 from corrigible.align.shared_prompt import RowScorer, prompt_of
 from corrigible.align.sources import Example, PairExample, row_key
 from corrigible.errors import BadInputError, NumericsError
 from corrigible.events import Alert, Message, Progress, emit
+from corrigible.files import write_atomically
 from corrigible.models import LanguagePolicy, Rendered
 
 ReferenceLogprobs = dict[bytes, Tensor]

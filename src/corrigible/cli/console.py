@@ -7,14 +7,10 @@ JSON object, also when the command fails (``{"error": {...}}``).
 from __future__ import annotations
 
 import json as jsonlib
-import math
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, is_dataclass
-from enum import Enum
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -23,6 +19,7 @@ from rich.markup import escape
 
 from corrigible.errors import BadInputError
 from corrigible.events import EventBus, use_bus
+from corrigible.files import plain
 
 DEFAULT_STORE = "corrigible.db"
 
@@ -57,36 +54,9 @@ def examples(*lines: str) -> str:
     return "\n".join(["[bold]Examples[/]", *marked])
 
 
-def _plain(value: Any) -> Any:
-    """What ``json`` cannot write, as plain values; a float that is not finite becomes null."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, str | int | bool) or value is None:
-        return value.value if isinstance(value, Enum) else value
-    if isinstance(value, Mapping):
-        return {str(_plain(key)): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if isinstance(value, set | frozenset):
-        return sorted((_plain(item) for item in value), key=str)
-    if isinstance(value, Path):
-        return str(value)
-    if isinstance(value, Enum):
-        return value.value
-    if hasattr(value, "to_json"):
-        return _plain(value.to_json())
-    if hasattr(value, "model_dump"):
-        return value.model_dump(mode="json")
-    if is_dataclass(value) and not isinstance(value, type):
-        return _plain(asdict(value))
-    if hasattr(value, "tolist"):  # numpy and torch, scalars and arrays
-        return _plain(value.tolist())
-    raise TypeError(f"{type(value).__name__} has no JSON form")
-
-
 def print_json(value: Any) -> None:
     """Write ``value`` (a mapping, record, dataclass, ...) as the command's one JSON object on stdout."""
-    text = jsonlib.dumps(_plain(value), ensure_ascii=False, indent=2, allow_nan=False)
+    text = jsonlib.dumps(plain(value), ensure_ascii=False, indent=2, allow_nan=False)
     _state["printed_json"] = True
     sys.stdout.write(text + "\n")
     sys.stdout.flush()

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from corrigible.cli.console import console, examples, json_option, print_json, print_warning, progress_bus
 from corrigible.errors import BadInputError, Interrupted
+from corrigible.files import write_json
 
 if TYPE_CHECKING:
     from corrigible.evaluate.evaluation import Evaluation, SideBySide
@@ -133,11 +134,7 @@ def evaluate(
         "sampling": sampling.to_json(),
     }
     if out is not None:
-        import json as jsonlib
-
-        (out / "evaluation.json").write_text(
-            jsonlib.dumps({**result, **evaluation.to_json(items=True)}, indent=2) + "\n", encoding="utf-8"
-        )
+        write_json(out / "evaluation.json", {**result, **evaluation.to_json(items=True)})
     if json:
         print_json(result)
     else:

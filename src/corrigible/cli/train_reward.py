@@ -19,6 +19,7 @@ from corrigible.cli.console import (
     progress_bus,
 )
 from corrigible.errors import BadInputError, Interrupted
+from corrigible.files import write_json
 
 if TYPE_CHECKING:
     from corrigible.intervals import Estimate
@@ -186,7 +187,7 @@ def reward(
         "history": model.history,
         **report.to_json(),
     }
-    _write_report(out / "report.json", told)
+    write_json(out / "report.json", told)
     if json:
         print_json(told)
         return
@@ -240,16 +241,6 @@ class _Scored:
 
     def margins(self, pairs: Sequence[Pair]) -> Any:
         return self._margins
-
-
-def _write_report(path: Path, told: dict[str, Any]) -> None:
-    import json as jsonlib
-
-    from corrigible.cli.console import _plain
-
-    partial = path.with_suffix(".partial")
-    partial.write_text(jsonlib.dumps(_plain(told), indent=1, ensure_ascii=False), encoding="utf-8")
-    partial.replace(path)
 
 
 def _show(model: RewardModel, report: RewardReport, out: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import platform
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from corrigible.events import Artefact, emit
+from corrigible.files import write_json
 from corrigible.loop.gate import Verdict
 from corrigible.records import Comparison, Episode, Feedback, PolicyVersion
 from corrigible.store import Store
@@ -199,11 +199,3 @@ def _cpus() -> int:
 
 def rate(value: float, low: float, high: float, n: int) -> dict[str, Any]:
     return {"value": value, "low": low, "high": high, "n": n}
-
-
-def write_json(path: Path, data: dict[str, Any]) -> None:
-    partial = path.with_suffix(path.suffix + ".partial")
-    partial.write_text(
-        json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8"
-    )
-    partial.replace(path)

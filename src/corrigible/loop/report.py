@@ -10,6 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from corrigible.files import write_atomically
 from corrigible.loop import plots
 
 
@@ -72,7 +73,7 @@ def render_report(turn: dict[str, Any]) -> str:
 
 def write_report(turn: dict[str, Any], path: Path) -> Path:
     """Write the page of ``turn`` to ``path``."""
-    path.write_text(render_report(turn), encoding="utf-8")
+    write_atomically(path, render_report(turn))
     return path
 
 

@@ -21,10 +21,11 @@ from corrigible.collect.gold import GoldPreference, GoldSignal, HouseStyle
 from corrigible.collect.simulated import Panel
 from corrigible.errors import BadInputError
 from corrigible.events import Artefact, Message, Metric, emit
+from corrigible.files import write_json
 from corrigible.loop.gate import Gate
 from corrigible.loop.memory import peak_rss_mb
 from corrigible.loop.prompts import Prompt, household, split
-from corrigible.loop.record import rate, turn_record, write, write_json
+from corrigible.loop.record import rate, turn_record, write
 from corrigible.loop.registry import Registry
 from corrigible.records import Episode, Feedback, PolicyVersion, Sampling, messages_text, new_id
 from corrigible.store import Pair, Store, load_pairs

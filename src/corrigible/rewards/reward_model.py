@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from corrigible.errors import BadInputError, MissingError, NumericsError
+from corrigible.files import replacing, write_json
 from corrigible.rewards.backbones import Backbone, Example, load_backbone
 from corrigible.rewards.config import RewardConfig
 from corrigible.rewards.features import feature_rows
@@ -192,12 +193,9 @@ class RewardModel:
             "backbone_sha256": self.backbone.sha256() if frozen else None,
             "history": self.history,
         }
-        partial = target / "reward_model.safetensors.partial"
-        save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, partial)
-        partial.replace(target / "reward_model.safetensors")
-        partial = target / "reward_model.json.partial"
-        partial.write_text(json.dumps(description, indent=1), encoding="utf-8")
-        partial.replace(target / "reward_model.json")
+        with replacing(target / "reward_model.safetensors") as writing:
+            save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, writing)
+        write_json(target / "reward_model.json", description)
         return target
 
     @classmethod

@@ -15,7 +15,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from corrigible.errors import BadInputError, StorageError
+from corrigible.errors import BadInputError
+from corrigible.files import replacing
 from corrigible.rewards.backbones import Backbone, Example
 from corrigible.rewards.config import RewardConfig
 
@@ -91,16 +92,8 @@ class FeatureTable:
         assert self.directory is not None
         name = hashlib.sha256("".join(keys).encode()).hexdigest()[:16]
         identity = torch.tensor([list(bytes.fromhex(key)) for key in keys], dtype=torch.uint8)
-        try:
-            self.directory.mkdir(parents=True, exist_ok=True)
-            partial = self.directory / f"{name}.partial"
-            save_file({"keys": identity, "values": values}, partial)
-            partial.replace(self.directory / f"{name}.safetensors")
-        except OSError as error:
-            raise StorageError(
-                f"the features cannot be kept in {self.directory}: {error}.",
-                advice="Free some space or choose another --out; what was written is used on the next run.",
-            ) from error
+        with replacing(self.directory / f"{name}.safetensors") as writing:
+            save_file({"keys": identity, "values": values}, writing)
 
     def _load(self) -> None:
         from safetensors.torch import load_file

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from corrigible.errors import BadInputError, NumericsError, StorageError
+from corrigible.files import replacing
 from corrigible.rewards.backbones import Backbone, Encoded, Example, load_backbone
 from corrigible.rewards.calibration import fit_temperature, log_loss
 from corrigible.rewards.config import RewardConfig
@@ -513,13 +514,10 @@ class _Checkpoint:
     def save(self, state: dict[str, Any]) -> None:
         if self.path is None:
             return
-        partial = self.path.with_suffix(".partial")
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            torch.save(state, partial)
-            partial.replace(self.path)
-        except (OSError, RuntimeError) as error:
-            partial.unlink(missing_ok=True)
+            with replacing(self.path) as writing:
+                torch.save(state, writing)
+        except RuntimeError as error:  # torch's word for a write that failed
             raise StorageError(
                 f"the epoch cannot be kept at {self.path}: {error}.",
                 advice="Free some space and run again: it goes on from the epoch before.",
