@@ -3,9 +3,11 @@
     from corrigible.align import TrainConfig, train_dpo
     version = train_dpo(pairs, "smollm2-135m", out="runs/dpo", config=TrainConfig(lr=1e-4))
 
-- ``losses``: pure functions from log-probs to a loss; they know no model and no file.
+- ``losses``: pure functions from log-probs to a loss; they know no model and no file. Those of one
+  algorithm alone stand with it (``kto``, ``grpo``); ``advantages`` turns rewards into what answers are worth.
 - ``registry``: an algorithm is source x weight x objective, one decorated function each.
-- ``sources``: what a batch is made of; the order depends on the seed alone.
+- ``sources``: what a batch is made of; the order depends on the seed alone. ``unpaired`` and ``groups``
+  are the sources of answers judged one by one, and of sampled answers with rewards.
 - ``reference``: log-probs under the frozen reference, once, before the first step.
 - ``trainer`` (settings in ``config``, files in ``checkpoint``, Ctrl-C in ``interrupts``): the loop.
 - ``implicit_reward``: what a trained policy prefers, tested on comparisons it has not seen.
@@ -14,9 +16,13 @@
 To add an algorithm, write its objective and decorate it; the trainer stays as it is.
 """
 
+from corrigible.align.advantages import group_advantages
 from corrigible.align.config import TrainConfig, learning_rate
 from corrigible.align.dpo import train_dpo, trained_on
+from corrigible.align.groups import GroupExample, GroupSource, group_examples
+from corrigible.align.grpo import GRPOConfig, grpo_loss
 from corrigible.align.implicit_reward import ImplicitReward, implicit_reward_accuracy
+from corrigible.align.kto import KTOConfig, kto_loss
 from corrigible.align.losses import LossOutput, dpo_loss
 from corrigible.align.reference import reference_logprobs
 from corrigible.align.registry import (
@@ -28,8 +34,9 @@ from corrigible.align.registry import (
     algorithm,
     get_algorithm,
 )
-from corrigible.align.sources import Behaviour, PairExample, PairSource, Unusable
+from corrigible.align.sources import Behaviour, PairExample, PairSource, Source, Unusable
 from corrigible.align.trainer import Trainer, TrainResult
+from corrigible.align.unpaired import UnpairedExample, UnpairedSource
 
 __all__ = [
     "ALGORITHMS",
@@ -37,19 +44,30 @@ __all__ = [
     "AlgorithmConfig",
     "Behaviour",
     "DPOConfig",
+    "GRPOConfig",
+    "GroupExample",
+    "GroupSource",
     "ImplicitReward",
+    "KTOConfig",
     "LossOutput",
     "PairExample",
     "PairSource",
     "ScoredExamples",
+    "Source",
     "TrainConfig",
     "TrainResult",
     "Trainer",
+    "UnpairedExample",
+    "UnpairedSource",
     "Unusable",
     "algorithm",
     "dpo_loss",
     "get_algorithm",
+    "group_advantages",
+    "group_examples",
+    "grpo_loss",
     "implicit_reward_accuracy",
+    "kto_loss",
     "learning_rate",
     "reference_logprobs",
     "train_dpo",

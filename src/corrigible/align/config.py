@@ -17,7 +17,9 @@ class TrainConfig(BaseModel):
 
     epochs: float = Field(1.0, gt=0, description="Passes over the data; ignored when `steps` is given.")
     steps: int | None = Field(None, ge=1, description="Optimiser steps.")
-    batch_size: int = Field(16, ge=1, description="Examples (pairs) in one optimiser step.")
+    batch_size: int = Field(
+        16, ge=1, description="Examples (pairs, judged answers, groups) in one optimiser step."
+    )
     micro_batch_tokens: int = Field(
         512,
         ge=1,

@@ -23,7 +23,18 @@ from torch.nn.functional import logsigmoid
 from corrigible.errors import BadInputError, NumericsError
 from corrigible.rewards.losses import LossOutput
 
-__all__ = ["LossOutput", "agreement", "dpo_loss", "implicit_rewards", "soft_logistic", "weighted_mean"]
+__all__ = [
+    "LossOutput",
+    "agreement",
+    "check_logps",
+    "dpo_loss",
+    "implicit_rewards",
+    "per_item",
+    "soft_logistic",
+    "weighted_mean",
+    "whole_weight",
+    "widen",
+]
 
 SATURATED = 10.0
 """|d| above which a logistic comparison carries (almost) no gradient any more."""
@@ -41,7 +52,7 @@ def implicit_rewards(policy_logps: Tensor, reference_logps: Tensor, *, beta: flo
         ``(n,)`` rewards, each known up to a constant of its prompt; no gradient reaches the
         reference.
     """
-    return beta * (_widen(policy_logps) - _widen(reference_logps).detach())
+    return beta * (widen(policy_logps) - widen(reference_logps).detach())
 
 
 def soft_logistic(difference: Tensor, p_chosen: Tensor) -> Tensor:
@@ -117,15 +128,15 @@ def dpo_loss(
             f"label_smoothing must be in [0, 0.5), got {label_smoothing}.",
             advice="It is the share of labels you believe to be flipped; at 0.5 labels say nothing.",
         )
-    n = _check_logps(
+    n = check_logps(
         policy_chosen_logps=policy_chosen_logps,
         policy_rejected_logps=policy_rejected_logps,
         reference_chosen_logps=reference_chosen_logps,
         reference_rejected_logps=reference_rejected_logps,
     )
-    label = _per_comparison("p_chosen", p_chosen, n, policy_chosen_logps, high=1.0)
-    weights = _per_comparison("weight", weight, n, policy_chosen_logps)
-    total = _denominator(denominator, weights)
+    label = per_item("p_chosen", p_chosen, n, policy_chosen_logps, high=1.0)
+    weights = per_item("weight", weight, n, policy_chosen_logps)
+    total = whole_weight(denominator, weights)
 
     chosen = implicit_rewards(policy_chosen_logps, reference_chosen_logps, beta=beta)
     rejected = implicit_rewards(policy_rejected_logps, reference_rejected_logps, beta=beta)
@@ -140,8 +151,8 @@ def dpo_loss(
             "rewards/rejected": rejected,
             "rewards/margin": difference,
             "rewards/accuracy": agreement(difference, label),
-            "logps/chosen": _widen(policy_chosen_logps),
-            "logps/rejected": _widen(policy_rejected_logps),
+            "logps/chosen": widen(policy_chosen_logps),
+            "logps/rejected": widen(policy_rejected_logps),
             "grad_weight": (torch.sigmoid(difference) - target).abs(),
             "saturated": (difference.abs() > SATURATED).to(difference.dtype),
         }
@@ -154,23 +165,29 @@ def agreement(margin: Tensor, p_chosen: Tensor) -> Tensor:
     return 0.5 + 0.5 * torch.sign(margin) * torch.sign(p_chosen - 0.5)
 
 
-def _widen(value: Tensor) -> Tensor:
-    # Sums of hundreds of log-probs lose whole nats in bf16; losses are float32 or wider.
+def widen(value: Tensor) -> Tensor:
+    """``value`` in float32 or wider: sums of hundreds of log-probs lose whole nats in bf16."""
     return value if value.dtype in (torch.float32, torch.float64) else value.float()
 
 
-def _check_logps(**named: Tensor) -> int:
+def check_logps(**named: Tensor) -> int:
+    """The common length ``n`` of summed log-probs ``(n,)``, given by name.
+
+    Raises:
+        BadInputError: they have no common shape ``(n,)``, n is 0, or one is not floating point.
+        NumericsError: ``logps_not_finite`` or ``logps_positive``, with the name and the rows.
+    """
     shapes = {name: tuple(value.shape) for name, value in named.items()}
     if any(len(shape) != 1 for shape in shapes.values()) or len(set(shapes.values())) != 1:
         listed = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
         raise BadInputError(
             f"All log-probs must have one shape (n,), got {listed}.",
-            advice="Sum the per-token log-probs of each response first; row i of all four is one pair.",
+            advice="Sum the per-token log-probs of each response first; row i of each belongs together.",
         )
     n = next(iter(shapes.values()))[0]
     if n == 0:
         raise BadInputError(
-            "There is nothing to compare: n = 0.", advice="Skip empty batches before the loss."
+            "There is nothing to learn from: n = 0.", advice="Skip empty batches before the loss."
         )
     for name, value in named.items():
         if not value.is_floating_point():
@@ -192,10 +209,14 @@ def _check_logps(**named: Tensor) -> int:
     return int(n)
 
 
-def _per_comparison(
-    name: str, value: Tensor | None, n: int, like: Tensor, high: float = float("inf")
-) -> Tensor:
-    like = _widen(like)
+def per_item(name: str, value: Tensor | None, n: int, like: Tensor, high: float = float("inf")) -> Tensor:
+    """A column ``(n,)`` in ``[0, high]`` of the device and precision of ``like``; ones when absent.
+
+    Raises:
+        BadInputError: another shape, or out of range.
+        NumericsError: ``<name>_not_finite``.
+    """
+    like = widen(like)
     if value is None:
         return torch.ones(n, dtype=like.dtype, device=like.device)
     if tuple(value.shape) != (n,):
@@ -210,11 +231,16 @@ def _per_comparison(
     return value
 
 
-def _denominator(denominator: float | Tensor | None, weights: Tensor) -> float:
+def whole_weight(denominator: float | Tensor | None, weights: Tensor) -> float:
+    """What a weighted sum is divided by: ``denominator``, or the sum of ``weights`` when that is absent.
+
+    Raises:
+        NumericsError: ``nothing_to_average``: it is not a positive number.
+    """
     total = float(weights.sum()) if denominator is None else float(denominator)
     if not 0.0 < total < float("inf"):
         raise NumericsError(
             f"nothing_to_average: the weights sum to {total}.",
-            advice="Every comparison of this batch has weight 0; drop such comparisons before training.",
+            advice="Every example of this batch has weight 0; drop such examples before training.",
         )
     return total

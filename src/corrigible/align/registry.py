@@ -5,7 +5,14 @@ An algorithm is one objective (a function of scored examples) and one registry e
     @algorithm("dpo", source="pairs", weight="judgement", config=DPOConfig, learns_from=..., paper=...)
     def dpo(batch: ScoredExamples[PairExample], config: DPOConfig) -> LossOutput: ...
 
-The trainer never asks which algorithm it runs.
+The trainer never asks which algorithm it runs. It hands an objective the log-prob of every scored token;
+whoever wants sums asks for :meth:`ScoredExamples.policy_logps`.
+
+An optimiser batch is cut into micro-batches by memory alone, so an objective never averages over what
+it sees: it divides by ``denominator`` (the weight of the whole batch). When that is not all it must know
+of the whole batch, its entry has a ``measure``, which is asked once before the first micro-batch, with
+the log-probs of further rows (``probes``) where it wants them. KTO's reference point and GRPO's token
+counts are such measures.
 """
 
 from __future__ import annotations
@@ -21,6 +28,7 @@ from torch import Tensor
 from corrigible.align.losses import LossOutput, dpo_loss
 from corrigible.align.sources import Example, PairExample
 from corrigible.errors import BadInputError, MissingError
+from corrigible.models import Rendered
 
 E = TypeVar("E", bound=Example)
 C = TypeVar("C", bound="AlgorithmConfig")
@@ -30,6 +38,16 @@ class AlgorithmConfig(BaseModel):
     """Base of every algorithm's settings: frozen, and unknown keys are refused by name."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+    @property
+    def uses_reference(self) -> bool:
+        """Whether these settings need the reference that the algorithm may declare."""
+        return True
+
+    @property
+    def scored_at(self) -> float:
+        """The temperature at which the objective's log-probs are computed."""
+        return 1.0
 
 
 @dataclass(frozen=True)
@@ -43,12 +61,14 @@ class ScoredExamples(Generic[E]):
         reference: the same under the frozen reference, without gradient; ``None`` for an
             algorithm that needs none.
         denominator: total weight of the whole batch, of which these may be a micro-batch.
+        whole: what the algorithm's ``measure`` found in the whole batch; ``None`` when it has none.
     """
 
     examples: Sequence[E]
     policy: Sequence[Tensor]
     reference: Sequence[Tensor] | None
     denominator: float
+    whole: Any = None
 
     def policy_logps(self) -> Tensor:
         """Summed log-probs of every row under the policy, ``(rows,)``, nats, with gradient."""
@@ -75,20 +95,40 @@ class Objective(Protocol):
     def __call__(self, batch: ScoredExamples[Any], config: Any) -> LossOutput: ...
 
 
+class Probes(Protocol):
+    """Rows besides the examples' own that are scored, without gradient, before a batch is learnt from."""
+
+    def __call__(self, examples: Sequence[Any], /) -> Sequence[Rendered]: ...
+
+
+class Measure(Protocol):
+    """What micro-batches must know of the whole batch.
+
+    It sees all examples; ``policy`` and ``reference`` are the log-probs of the *probes*, in order, both
+    without gradient.
+    """
+
+    def __call__(self, batch: ScoredExamples[Any], config: Any, /) -> Any: ...
+
+
 @dataclass(frozen=True)
 class Algorithm:
     """A registry entry.
 
     Attributes:
         name: what users type.
-        source: the kind of examples it trains on (``"pairs"``).
-        weight: what an example is worth (``"judgement"``: the weight of the judgements behind it).
+        source: the kind of examples it trains on (``"pairs"``, ``"unpaired"``, ``"groups"``).
+        weight: what an example is worth (``"judgement"``: the weight of the judgements behind it;
+            ``"group advantage"``: how much better it is than the other answers to its prompt).
         objective: the loss on scored examples.
         config: its typed settings, with documented defaults.
         learns_from: the feedback kinds it can learn from.
-        needs_reference: whether log-probs under the frozen reference are computed for it.
+        needs_reference: whether log-probs under the frozen reference are computed for it (unless its
+            settings do not use them).
         paper: where it comes from.
         doc: what it does and when to choose it.
+        probes: further rows to score without gradient before every batch, if any.
+        measure: what its micro-batches must know of the whole batch, if anything.
     """
 
     name: str
@@ -100,6 +140,8 @@ class Algorithm:
     needs_reference: bool
     paper: str
     doc: str
+    probes: Probes | None = None
+    measure: Measure | None = None
 
 
 ALGORITHMS: dict[str, Algorithm] = {}
@@ -115,6 +157,8 @@ def algorithm(
     learns_from: Iterable[str],
     paper: str,
     needs_reference: bool = True,
+    probes: Probes | None = None,
+    measure: Measure | None = None,
 ) -> Callable[[Objective], Objective]:
     """Register the decorated objective under ``name``; its docstring becomes the entry's ``doc``.
 
@@ -131,7 +175,17 @@ def algorithm(
                 f"The algorithm '{name}' has no docstring.", advice="Say what it does and when."
             )
         ALGORITHMS[name] = Algorithm(
-            name, source, weight, objective, config, frozenset(learns_from), needs_reference, paper, doc
+            name=name,
+            source=source,
+            weight=weight,
+            objective=objective,
+            config=config,
+            learns_from=frozenset(learns_from),
+            needs_reference=needs_reference,
+            paper=paper,
+            doc=doc,
+            probes=probes,
+            measure=measure,
         )
         return objective
 

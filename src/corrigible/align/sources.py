@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple, Protocol
+from typing import Generic, Literal, NamedTuple, Protocol, Self, TypeVar, runtime_checkable
 
 import numpy as np
 
@@ -30,6 +30,46 @@ class Example(Protocol):
 
     @property
     def weight(self) -> float: ...
+
+
+@runtime_checkable
+class Separable(Example, Protocol):
+    """An example whose rows are learnt from one by one: one that is too large for memory may be cut."""
+
+    def part(self, start: int, stop: int) -> Self:
+        """The same example with the rows ``start`` to ``stop`` (exclusive) only."""
+        ...
+
+
+class Source(Protocol):
+    """Where a trainer's batches come from."""
+
+    @property
+    def examples(self) -> Sequence[Example]: ...
+
+    def steps_per_epoch(self, batch_size: int) -> int: ...
+
+    def batch(self, step: int, batch_size: int) -> Sequence[Example]:
+        """The examples of step ``step`` (from 0): a pure function of the two, or a resume is another run."""
+        ...
+
+    def digest(self) -> str:
+        """Sha256 over everything that decides the batches: a resumed run must find the same."""
+        ...
+
+
+T = TypeVar("T")
+E = TypeVar("E")
+
+
+def epoch_batch(items: Sequence[T], step: int, batch_size: int, seed: int) -> list[T]:
+    """Step ``step`` (from 0) of passes over ``items``: epoch ``e`` is the permutation of ``(seed, e)``.
+
+    The last batch of an epoch may be smaller.
+    """
+    epoch, place = divmod(step, -(-len(items) // batch_size))
+    order = np.random.default_rng([seed, epoch]).permutation(len(items))
+    return [items[i] for i in order[place * batch_size : (place + 1) * batch_size]]
 
 
 @dataclass(frozen=True)
@@ -111,30 +151,15 @@ class PairSource:
             raise BadInputError(f"max_length must be at least 8 tokens, got {max_length}.")
         self.seed = seed
         self.max_length = max_length
-        self.skipped: Counter[str] = Counter()
-        self.examples: list[PairExample] = []
-        self.pairs: list[Pair] = []
-        listed = list(pairs)
-        for index, pair in enumerate(track(listed, "render pairs", unit="pair")):
-            try:
-                self.examples.append(_example(pair, renderer, max_length, episodes or {}))
-                self.pairs.append(pair)
-            except Unusable as error:
-                if invalid == "raise":
-                    raise Unusable(
-                        error.reason,
-                        f"pair {index} of {len(listed)} ({error.message.split(': ', 1)[1]})",
-                        advice=error.advice or "Leave such pairs out with invalid='skip'.",
-                    ) from error
-                self.skipped[error.reason] += 1
-        if not self.examples:
-            why = ", ".join(f"{n} {reason}" for reason, n in self.skipped.items()) or "the input was empty"
-            raise BadInputError(
-                f"There is no pair to train on ({why}).", advice="Check the data and max_length."
-            )
-        if self.skipped:
-            listing = ", ".join(f"{count} {reason}" for reason, count in sorted(self.skipped.items()))
-            emit(Alert(name="pairs_skipped", message=f"Left out of training: {listing}."))
+        found = render_all(
+            list(pairs),
+            lambda pair: _example(pair, renderer, max_length, episodes or {}),
+            noun="pair",
+            invalid=invalid,
+        )
+        self.examples: list[PairExample] = found.examples
+        self.pairs: list[Pair] = found.kept
+        self.skipped: Counter[str] = found.skipped
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -144,10 +169,8 @@ class PairSource:
         return -(-len(self.examples) // batch_size)
 
     def batch(self, step: int, batch_size: int) -> list[PairExample]:
-        """The examples of step ``step`` (from 0): epoch ``e`` is the permutation of seed ``(seed, e)``."""
-        epoch, place = divmod(step, self.steps_per_epoch(batch_size))
-        order = np.random.default_rng([self.seed, epoch]).permutation(len(self.examples))
-        return [self.examples[i] for i in order[place * batch_size : (place + 1) * batch_size]]
+        """The examples of step ``step`` (from 0), by :func:`epoch_batch`."""
+        return epoch_batch(self.examples, step, batch_size, self.seed)
 
     def digest(self) -> str:
         """Sha256 over everything that decides the batches: a resumed run must find the same."""
@@ -163,6 +186,58 @@ class PairSource:
         return sorted({record for example in self.examples for record in example.derived_from})
 
 
+class RenderedAll(NamedTuple, Generic[T, E]):
+    """What :func:`render_all` found: examples, what each was made from, and what was left out by reason."""
+
+    examples: list[E]
+    kept: list[T]
+    skipped: Counter[str]
+
+
+def render_all(
+    items: Sequence[T], render: Callable[[T], E], *, noun: str, invalid: Literal["raise", "skip"]
+) -> RenderedAll[T, E]:
+    """Render every item once; an :class:`Unusable` one stops the run or is left out and counted.
+
+    Args:
+        items: what to render.
+        render: one item to one example; raises :class:`Unusable`.
+        noun: what an item is called ("pair").
+        invalid: what to do with an unusable one.
+
+    Raises:
+        Unusable: with ``invalid="raise"``, the first unusable item, by its number.
+        BadInputError: nothing is left.
+    """
+    found: RenderedAll[T, E] = RenderedAll([], [], Counter())
+    for index, item in enumerate(track(items, f"render {noun}s", unit=noun)):
+        try:
+            found.examples.append(render(item))
+            found.kept.append(item)
+        except Unusable as error:
+            if invalid == "raise":
+                raise Unusable(
+                    error.reason,
+                    f"{noun} {index} of {len(items)} ({error.message.split(': ', 1)[1]})",
+                    advice=error.advice or f"Leave such {noun}s out with invalid='skip'.",
+                ) from error
+            found.skipped[error.reason] += 1
+    if not found.examples:
+        why = ", ".join(f"{n} {reason}" for reason, n in found.skipped.items()) or "the input was empty"
+        raise BadInputError(
+            f"There is no {noun} to train on ({why}).", advice="Check the data and max_length."
+        )
+    say_skipped(found.skipped, noun)
+    return found
+
+
+def say_skipped(skipped: Counter[str], noun: str) -> None:
+    """An alert ``<noun>s_skipped`` that lists what was left out by reason; nothing when nothing was."""
+    if skipped:
+        listing = ", ".join(f"{count} {reason}" for reason, count in sorted(skipped.items()))
+        emit(Alert(name=f"{noun}s_skipped", message=f"Left out of training: {listing}."))
+
+
 def row_key(row: Rendered) -> bytes:
     """Sha256 (32 bytes) of a row's token ids and of which of them are scored."""
     ids = np.asarray(row.ids, dtype=np.int64)
@@ -175,27 +250,11 @@ def _example(pair: Pair, renderer: Renderer, max_length: int, episodes: Mapping[
         raise Unusable("bad_label", f"p_chosen is {pair.p_chosen}, not in [0, 1]")
     if not 0.0 < pair.weight < float("inf"):
         raise Unusable("bad_weight", f"weight is {pair.weight}, not a positive number")
-    sampled = [_sampled(pair, episode, episodes) for episode in (pair.chosen_episode, pair.rejected_episode)]
-    rows, behaviour = [], []
-    for name, recorded, response in zip(
-        ("chosen", "rejected"), sampled, (pair.chosen, pair.rejected), strict=True
-    ):
-        if recorded is not None:
-            row, log = recorded
-        else:
-            if not any(_has_text(message) for message in response):
-                raise Unusable("empty_completion", f"the {name} side says nothing")
-            try:
-                row, log = renderer.pair(pair.prompt, response), None
-            except BadInputError as error:
-                raise Unusable("not_renderable", f"the {name} side: {error.message}") from error
-        if not row.scored:
-            raise Unusable("empty_completion", f"the {name} side has no token to learn from")
-        # What the template writes after the response changes nothing before it: not worth computing.
-        end = row.scored[-1] + 1
-        rows.append(replace(row, ids=row.ids[:end], kinds=row.kinds[:end]))
-        behaviour.append(log)
-    chosen, rejected = rows
+    sides = (("chosen", pair.chosen, pair.chosen_episode), ("rejected", pair.rejected, pair.rejected_episode))
+    (chosen, chosen_log), (rejected, rejected_log) = (
+        response_row(pair.prompt, response, renderer, episodes.get(episode or ""), f"the {name} side")
+        for name, response, episode in sides
+    )
     if chosen.ids == rejected.ids:
         raise Unusable("equal_sides", "chosen and rejected are the same tokens")
     shared = chosen.scored[0]
@@ -203,7 +262,9 @@ def _example(pair: Pair, renderer: Renderer, max_length: int, episodes: Mapping[
         raise Unusable("prompts_differ", "the two sides do not begin with the same prompt tokens")
     cut = max(0, max(len(chosen), len(rejected)) - max_length)
     try:
-        chosen, rejected = (renderer.fit(row, len(row) - cut, "truncate_prompt") for row in rows)
+        chosen, rejected = (
+            renderer.fit(row, len(row) - cut, "truncate_prompt") for row in (chosen, rejected)
+        )
     except BadInputError as error:
         raise Unusable("too_long", error.message, advice="Raise max_length.") from error
     return PairExample(
@@ -214,8 +275,40 @@ def _example(pair: Pair, renderer: Renderer, max_length: int, episodes: Mapping[
         derived_from=pair.derived_from,
         prompt_tokens_cut=cut,
         # What was recorded belongs to the whole prompt; after a cut it is about another context.
-        behaviour=(None, None) if cut else (behaviour[0], behaviour[1]),
+        behaviour=(None, None) if cut else (chosen_log, rejected_log),
     )
+
+
+def response_row(
+    prompt: Sequence[Message],
+    response: Sequence[Message],
+    renderer: Renderer,
+    episode: Episode | None,
+    name: str,
+) -> tuple[Rendered, Behaviour | None]:
+    """A response after its prompt, exactly as its policy sampled it when its episode says so.
+
+    Returns:
+        The row, up to its last scored token, and the log-probs that were recorded when it was sampled.
+
+    Raises:
+        Unusable: ``empty_completion`` or ``not_renderable``; the message calls the response ``name``.
+    """
+    recorded = _sampled(episode)
+    if recorded is not None:
+        row, log = recorded
+    else:
+        if not any(_has_text(message) for message in response):
+            raise Unusable("empty_completion", f"{name} says nothing")
+        try:
+            row, log = renderer.pair(prompt, response), None
+        except BadInputError as error:
+            raise Unusable("not_renderable", f"{name}: {error.message}") from error
+    if not row.scored:
+        raise Unusable("empty_completion", f"{name} has no token to learn from")
+    # What the template writes after the response changes nothing before it: not worth computing.
+    end = row.scored[-1] + 1
+    return replace(row, ids=row.ids[:end], kinds=row.kinds[:end]), log
 
 
 def _has_text(message: Message) -> bool:
@@ -223,11 +316,8 @@ def _has_text(message: Message) -> bool:
     return bool(content.strip() if isinstance(content, str) else content or message.tool_calls)
 
 
-def _sampled(
-    pair: Pair, episode_id: str | None, episodes: Mapping[str, Episode]
-) -> tuple[Rendered, Behaviour | None] | None:
-    """The row exactly as its policy sampled it, when its episode says so and is one turn long."""
-    episode = episodes.get(episode_id) if episode_id is not None else None
+def _sampled(episode: Episode | None) -> tuple[Rendered, Behaviour | None] | None:
+    """The row as it was sampled, when its episode is known and one turn long."""
     if episode is None or len(episode.steps) != 1:
         return None
     step = episode.steps[0]

@@ -4,7 +4,8 @@ What it guarantees:
 
 * *Denominators.* A batch's loss is a weighted mean over its examples. However the batch is cut into
   micro-batches, every part is divided by the weight of the whole, so the gradient does not depend
-  on the cut.
+  on the cut. Whatever else an objective must know of the whole batch (KTO's reference point, GRPO's
+  number of tokens) is measured over all of it before the first part.
 * *Resume.* Weights (in float32), optimiser moments, random state and position are in one atomic
   checkpoint; a killed run that is resumed ends with bitwise the weights of an uninterrupted one (on
   the same machine, with the same number of threads).
@@ -22,7 +23,7 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,13 +31,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from corrigible.align.checkpoint import (
-    Checkpoint,
-    load_latest,
-    save_checkpoint,
-    storage_errors,
-    write_atomically,
-)
+from corrigible.align.checkpoint import Checkpoint, load_latest, save_checkpoint
 from corrigible.align.config import TrainConfig, learning_rate
 from corrigible.align.interrupts import Stopped, stop_signals
 from corrigible.align.reference import (
@@ -46,10 +41,11 @@ from corrigible.align.reference import (
 )
 from corrigible.align.registry import Algorithm, AlgorithmConfig, ScoredExamples
 from corrigible.align.shared_prompt import RowScorer
-from corrigible.align.sources import Example, PairSource, row_key
+from corrigible.align.sources import Example, Separable, Source, row_key
 from corrigible.errors import BadInputError, Interrupted, NumericsError
 from corrigible.events import Alert, Artefact, EventBus, Message, Metric, Progress, current_bus, emit, use_bus
-from corrigible.models import LanguagePolicy
+from corrigible.files import storage_errors, write_atomically
+from corrigible.models import LanguagePolicy, Rendered
 
 
 @dataclass(frozen=True)
@@ -73,6 +69,14 @@ class TrainResult:
     start_sha256: str
     history: Path
     seconds: float
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Rows to score that no example holds."""
+
+    rows: tuple[Rendered, ...]
+    weight: float = 0.0
 
 
 class Trainer:
@@ -104,12 +108,12 @@ class Trainer:
         self,
         policy: LanguagePolicy,
         algorithm: Algorithm,
-        source: PairSource,
+        source: Source,
         config: TrainConfig | None = None,
         *,
         algorithm_config: AlgorithmConfig | None = None,
         out: str | Path,
-        held_out: PairSource | None = None,
+        held_out: Source | None = None,
         reference_policy: LanguagePolicy | None = None,
         behaviour_weights: Mapping[str, str] | None = None,
         resume_hint: str = "Run it again with resume=True to go on from there.",
@@ -234,27 +238,24 @@ class Trainer:
         """Add the gradient of the batch's loss to every parameter's ``grad``; return the batch's metrics.
 
         The result does not depend on ``micro_batch_tokens``: each micro-batch is divided by the
-        weight of the whole batch.
+        weight of the whole batch, and what it must know of the whole batch is measured first.
 
         Raises:
             NumericsError: ``loss_not_finite``, or whatever the objective finds.
         """
         denominator = sum(example.weight for example in examples)
-        if self.score is None:
-            self.score = RowScorer(self.policy, share=self.config.share_prompts)
-        sizes = [self.score.size(example.rows) for example in examples]
+        whole = self._measure(examples, denominator)
+        score = self._scorer()
+        parts = [part for example in examples for part in self._parts(example)]
+        sizes = [score.size(part.rows) for part in parts]
         metrics: dict[str, float] = {}
         for batch in micro_batches(sizes, self.config.micro_batch_tokens):
             self._stop()
-            chosen = [examples[i] for i in batch]
-            scores = self.score([example.rows for example in chosen], grad=True)
-            reference = None
-            if self.reference is not None:
-                known = self.reference
-                rows = [row for example in chosen for row in example.rows]
-                reference = [known[row_key(row)].to(scores[0].device) for row in rows]
+            chosen = [parts[i] for i in batch]
+            scores = self._logprobs([part.rows for part in chosen], grad=True)
+            reference = self._reference_of([row for part in chosen for row in part.rows])
             output = self.algorithm.objective(
-                ScoredExamples(chosen, scores, reference, denominator), self.algorithm_config
+                ScoredExamples(chosen, scores, reference, denominator, whole), self.algorithm_config
             )
             if not bool(torch.isfinite(output.loss.detach()).all()):
                 _alarm(
@@ -266,6 +267,53 @@ class Trainer:
             for name, value in output.metrics.items():
                 metrics[name] = metrics.get(name, 0.0) + value
         return metrics
+
+    def _measure(self, examples: Sequence[Example], denominator: float) -> Any:
+        """What the algorithm wants to know of the whole batch before its first micro-batch."""
+        if self.algorithm.measure is None:
+            return None
+        rows = self.algorithm.probes(examples) if self.algorithm.probes is not None else ()
+        score = self._scorer()
+        found: dict[int, Tensor] = {}
+        for batch in micro_batches([score.size([row]) for row in rows], self.config.micro_batch_tokens):
+            self._stop()
+            scores = self._logprobs([[rows[i]] for i in batch], grad=False)
+            found |= zip(batch, scores, strict=True)
+        policy = [found[i] for i in range(len(rows))]
+        return self.algorithm.measure(
+            ScoredExamples(examples, policy, self._reference_of(rows), denominator), self.algorithm_config
+        )
+
+    def _scorer(self) -> RowScorer:
+        if self.score is None:
+            self.score = RowScorer(self.policy, share=self.config.share_prompts)
+        return self.score
+
+    def _logprobs(self, groups: Sequence[Sequence[Rendered]], *, grad: bool) -> list[Tensor]:
+        """Log-probs of every row's scored tokens at the temperature that the algorithm wants."""
+        temperature = self.algorithm_config.scored_at
+        options: dict[str, Any] = {} if temperature == 1.0 else {"temperature": temperature}
+        with torch.set_grad_enabled(grad):
+            return self._scorer()(groups, grad=grad, **options)
+
+    def _reference_of(self, rows: Sequence[Rendered]) -> list[Tensor] | None:
+        if self.reference is None:
+            return None
+        return [self.reference[row_key(row)].to(self.policy.device) for row in rows]
+
+    def _parts(self, example: Example) -> list[Example]:
+        """The example, cut where it may be and where it alone is more than a micro-batch holds."""
+        rows, most = example.rows, self.config.micro_batch_tokens
+        score = self._scorer()
+        if not isinstance(example, Separable) or len(rows) == 1 or score.size(rows) <= most:
+            return [example]
+        parts: list[Example] = []
+        start = 0
+        for stop in range(1, len(rows) + 1):
+            if stop == len(rows) or score.size(rows[start : stop + 1]) > most:
+                parts.append(example.part(start, stop))
+                start = stop
+        return parts
 
     def _step(self, step: int) -> dict[str, float]:
         began = time.monotonic()
@@ -345,13 +393,21 @@ class Trainer:
         }
 
     def _prepare_reference(self) -> None:
-        if not self.algorithm.needs_reference:
+        if not (self.algorithm.needs_reference and self.algorithm_config.uses_reference):
             return
+        if self.algorithm_config.scored_at != 1.0:
+            raise BadInputError(
+                "The reference is scored at temperature 1, the policy at "
+                f"{self.algorithm_config.scored_at}: their difference would mean nothing.",
+                advice="Sample at temperature 1, or do without the KL penalty (beta=0).",
+            )
         policy = self.reference_policy or self.policy
+        probes = _Rows(tuple(self._all_probes()))
+        _check_rows(probes.rows, self.policy, self.reference_policy)
         try:
             self.reference = reference_logprobs(
                 policy,
-                [*self.source.examples, *(self.held_out.examples if self.held_out else [])],
+                [*self.source.examples, *(self.held_out.examples if self.held_out else []), probes],
                 mode="start" if self.reference_policy else self.config.reference,
                 micro_batch_tokens=self.config.micro_batch_tokens,
                 cache=self.out / "reference.safetensors",
@@ -365,16 +421,23 @@ class Trainer:
                 advice=self.resume_hint,
             ) from stopped
 
+    def _all_probes(self) -> Iterator[Rendered]:
+        """The rows besides the examples' own that the run's batches will ask the reference for."""
+        if self.algorithm.probes is not None:
+            for step in range(self.total_steps):
+                yield from self.algorithm.probes(self.source.batch(step, self.config.batch_size))
+
     def _check_start(self, metrics: Mapping[str, float]) -> None:
         """Before the first update the policy is its own reference: every log-ratio must be about 0."""
         if self.reference is None or self.reference_policy is not None or self.config.reference != "start":
             return
-        gaps = [abs(metrics.get(f"rewards/{side}", 0.0)) for side in ("chosen", "rejected")]
+        sides = ("chosen", "rejected", "desirable", "undesirable")
+        gap = max(abs(metrics.get(f"rewards/{side}", 0.0)) for side in sides)
         tolerance = 0.05 if self.policy.dtype == torch.float32 else 1.0
-        if max(gaps) > tolerance:
+        if gap > tolerance:
             _alarm(
                 "reference_mismatch",
-                f"the policy is not its own reference before the first step (reward {max(gaps):.3g}).",
+                f"the policy is not its own reference before the first step (reward {gap:.3g}).",
                 "The reference is of other weights or other tokens; remove reference.safetensors.",
             )
 
@@ -455,28 +518,34 @@ def _alarm(name: str, message: str, advice: str) -> None:
 
 
 def _check_vocabulary(
-    policy: LanguagePolicy, source: PairSource, reference_policy: LanguagePolicy | None
+    policy: LanguagePolicy, source: Source, reference_policy: LanguagePolicy | None
 ) -> None:
-    size = int(policy.model.get_input_embeddings().num_embeddings)
-    highest = max((max(row.ids) for example in source.examples for row in example.rows), default=0)
-    if highest >= size:
-        raise BadInputError(
-            f"vocabulary_mismatch: the data holds token id {highest}, the policy knows {size} tokens.",
-            advice="Render the pairs with this policy's own renderer.",
-        )
-    longest = max((len(row) for example in source.examples for row in example.rows), default=0)
-    context = min(each.context_length for each in (policy, reference_policy) if each is not None)
-    if longest > context:
-        raise BadInputError(
-            f"context_overflow: a row of the data is {longest} tokens long, the model reads {context}.",
-            advice=f"Render the pairs with max_length={context} or less.",
-        )
+    _check_rows([row for example in source.examples for row in example.rows], policy, reference_policy)
     if reference_policy is None:
         return
     if reference_policy.tokenizer.get_vocab() != policy.tokenizer.get_vocab():
         raise BadInputError(
             "vocabulary_mismatch: the log-probs of policy and reference would be of different tokens.",
             advice="Use a reference of the same model family.",
+        )
+
+
+def _check_rows(
+    rows: Sequence[Rendered], policy: LanguagePolicy, reference_policy: LanguagePolicy | None
+) -> None:
+    size = int(policy.model.get_input_embeddings().num_embeddings)
+    highest = max((max(row.ids) for row in rows), default=0)
+    if highest >= size:
+        raise BadInputError(
+            f"vocabulary_mismatch: the data holds token id {highest}, the policy knows {size} tokens.",
+            advice="Render the data with this policy's own renderer.",
+        )
+    longest = max((len(row) for row in rows), default=0)
+    context = min(each.context_length for each in (policy, reference_policy) if each is not None)
+    if longest > context:
+        raise BadInputError(
+            f"context_overflow: a row of the data is {longest} tokens long, the model reads {context}.",
+            advice=f"Render the data with max_length={context} or less.",
         )
 
 

@@ -6,7 +6,8 @@
   (``schema.py``). No record is ever changed or removed: triggers refuse it. Revisions of the schema are
   Alembic's (``migrations/``) and are run when a store is opened (``database.py``).
 - :class:`Blobs` keeps files by content hash (``blobs.py``).
-- :func:`load_pairs` turns judgements into preference pairs with their texts (``pairs.py``).
+- :func:`load_pairs` turns judgements into preference pairs with their texts (``pairs.py``),
+  :func:`load_labelled` into single responses that were found good or bad (``labelled.py``).
 - ``formats/`` brings other people's files in and takes ours out.
 
     >>> from corrigible.records import Annotator, comparison
@@ -23,6 +24,7 @@
 """
 
 from corrigible.store.blobs import Blobs
+from corrigible.store.labelled import Labelled, labelled_from_pairs, load_labelled
 from corrigible.store.pairs import Pair, load_pairs
 from corrigible.store.queries import Change, FeedbackFilter
 from corrigible.store.store import PolicyEvent, Store
@@ -33,9 +35,12 @@ __all__ = [
     "Blobs",
     "Change",
     "FeedbackFilter",
+    "Labelled",
     "Pair",
     "PolicyEvent",
     "Store",
     "Transaction",
+    "labelled_from_pairs",
+    "load_labelled",
     "load_pairs",
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -116,21 +116,30 @@ def _messages(store: Store, rows: Sequence[PairRow]) -> tuple[dict[str, tuple[Me
     texts: dict[str, tuple[Message, ...]] = {}
     untexted: set[str] = set()
     for wanted, role in ((contexts, "user"), (responses, "assistant")):
-        held = store.items(sorted(wanted))
-        missing = wanted - held.keys()
-        if missing:
-            raise BadInputError(
-                f"{len(missing)} items that judgements are about are not in the store, such as "
-                f"{min(missing)}.",
-                advice="Add them with add_items, or import again from the source.",
-            )
-        for sha, item in held.items():
-            messages = _item_messages(item, role)
-            if messages is None:
-                untexted.add(sha)
-            else:
-                texts[_key(sha, role)] = messages
+        found, without = texts_of(store, wanted, role)
+        texts |= {_key(sha, role): messages for sha, messages in found.items()}
+        untexted |= without
     return texts, untexted
+
+
+def texts_of(
+    store: Store, wanted: Collection[str], role: str
+) -> tuple[dict[str, tuple[Message, ...]], set[str]]:
+    """Items by SHA-256 as messages (a plain text is one of ``role``), and those that are no text.
+
+    Raises:
+        BadInputError: one of them is not in the store.
+    """
+    held = store.items(sorted(wanted))
+    missing = set(wanted) - held.keys()
+    if missing:
+        raise BadInputError(
+            f"{len(missing)} items that judgements are about are not in the store, such as {min(missing)}.",
+            advice="Add them with add_items, or import again from the source.",
+        )
+    messages = {sha: _item_messages(item, role) for sha, item in held.items()}
+    found = {sha: said for sha, said in messages.items() if said is not None}
+    return found, messages.keys() - found.keys()
 
 
 def _item_messages(item: Item, role: str) -> tuple[Message, ...] | None:
