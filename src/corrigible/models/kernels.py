@@ -45,7 +45,8 @@ class _RmsNorm(torch.autograd.Function):
         normed = x * scale
         grad_weight = None
         if ctx.needs_input_grad[1]:
-            grad_weight = torch.einsum("tw,tw->w", _wide(grad), normed).to(weight.dtype)
+            wide = _wide(grad).reshape(-1, len(weight)), normed.reshape(-1, len(weight))
+            grad_weight = torch.einsum("tw,tw->w", *wide).to(weight.dtype)
         inner = _wide(grad) * weight
         along = (inner * normed).mean(dim=-1, keepdim=True)
         return inner.sub_(normed.mul_(along)).mul_(scale).to(x.dtype), grad_weight, None
