@@ -54,7 +54,7 @@ class Scratch:
         self._buffers: dict[str, torch.Tensor] = {}
 
     def like(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        """Uninitialised float32 of ``tensor``'s shape, on its device; valid until ``name`` is asked for again."""
+        """Uninitialised float32 of ``tensor``'s shape, on its device; valid until ``name`` is asked for."""
         buffer = self._buffers.get(name)
         if buffer is None or buffer.numel() < tensor.numel() or buffer.device != tensor.device:
             buffer = torch.empty(tensor.numel(), dtype=torch.float32, device=tensor.device)
@@ -95,7 +95,6 @@ def _top_p_floor(
     weights: torch.Tensor | None,
     scratch: Scratch,
 ) -> torch.Tensor:
-    size = scaled.shape[-1]
     highest = scaled.amax(dim=-1, keepdim=True)
     if weights is None:
         weights = (scaled - highest).exp_()
@@ -197,7 +196,7 @@ def draw(
 
 
 def _invert(weights: torch.Tensor, uniform: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids ``(n,)`` at which the cumulative weights pass ``uniform`` of their total, and the totals ``(n,)``."""
+    """Ids ``(n,)`` where the cumulative weights pass ``uniform`` of their total; the totals ``(n,)``."""
     size = weights.shape[-1]
     if size % BLOCK:
         weights = torch.nn.functional.pad(weights, (0, BLOCK - size % BLOCK))
