@@ -287,6 +287,11 @@ def test_one_unbounded_cluster_has_no_finite_interval() -> None:
     found = cluster_bootstrap([1.0, 3.0], ["a", "a"])
     assert found.interval == (-np.inf, np.inf)
     assert json.loads(json.dumps(found.to_json(), allow_nan=False))["interval"] == [None, None]
+    assert found.between("prompt") == "one prompt: no interval"
+    assert str(found) == "2.000 [one unit: no interval]"
+    tied = cluster_bootstrap([1.0, 3.0], [("a", "b"), ("b", "c")])
+    assert tied.between("item") == "no two items stand apart: no interval"
+    assert cluster_bootstrap([0.1] * 7, list("abcdefg")).between() == "0.100 to 0.100"
 
 
 def test_equal_unbounded_clusters_show_no_spread() -> None:

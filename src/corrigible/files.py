@@ -117,7 +117,7 @@ def storage_errors(where: Path) -> Iterator[None]:
             ) from error
         raise StorageError(
             f"Could not write under {where}: {getattr(error, 'strerror', None) or text}.",
-            advice="Check that the folder can be written, then run again (with --resume, where there is one).",
+            advice="Check that the folder can be written; run again (with --resume, where there is one).",
         ) from error
 
 

@@ -34,7 +34,7 @@ class Estimate:
 
     ``low`` to ``high`` covers the true value with probability about ``level``; ``clusters`` is the number
     of independent units it rests on and ``n`` the number of rows. ``method`` names the interval. An end
-    is infinite where the data say nothing about it.
+    is infinite where the data say nothing about it; :meth:`between` then says so to people.
     """
 
     value: float
@@ -60,8 +60,20 @@ class Estimate:
             "method": self.method,
         }
 
+    def between(self, unit: str = "unit", joint: str = " to ") -> str:
+        """The two ends for people, or why there are none; ``unit`` is what a cluster is here.
+
+        >>> cluster_bootstrap([1.0, 3.0], ["a", "a"]).between("prompt")
+        'one prompt: no interval'
+        """
+        if isfinite(self.low) and isfinite(self.high):
+            return f"{self.low:.3f}{joint}{self.high:.3f}"
+        return (
+            f"one {unit}: no interval" if self.clusters == 1 else f"no two {unit}s stand apart: no interval"
+        )
+
     def __str__(self) -> str:
-        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
+        return f"{self.value:.3f} [{self.between(joint=', ')}]"
 
 
 def wilson_interval(successes: float, n: float, *, level: float = 0.95) -> tuple[float, float]:

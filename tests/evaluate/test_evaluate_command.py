@@ -66,6 +66,16 @@ def test_for_people_it_says_what_the_interval_says(adapter: Path, prompts: Path)
     assert "not shown to be different" in text and "KL to the baseline: 0.000" in text
 
 
+def test_one_prompt_has_no_interval_and_says_so(adapter: Path, tmp_path: Path) -> None:
+    (tmp_path / "p.txt").write_text("Say ant.\n")
+    command = ("--candidate", adapter, "--prompts", tmp_path / "p.txt", *FAST)
+    code, text, errors = run(*command)
+    assert code == 0, errors
+    assert "(one prompt: no interval) nats" in text and "inf" not in text
+    found = json.loads(run(*command, "--json")[1])
+    assert found["kl"]["per_sequence"]["interval"] == [None, None]
+
+
 def test_versions_of_a_store_and_answers_into_it(adapter: Path, prompts: Path, tmp_path: Path) -> None:
     url = tmp_path / "s.db"
     with Store.open(url) as store:

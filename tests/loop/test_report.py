@@ -126,3 +126,13 @@ def test_examples_are_spread_from_win_to_loss():
 def test_plots_take_the_colour_of_the_page():
     svg = win_rate_plot([("a", 0.5, 0.4, 0.6)], 0.5)
     assert "currentColor" in svg and "#010203" not in svg
+
+
+def test_one_prompt_gives_no_interval_on_the_page():
+    turn = copy.deepcopy(TURN)
+    turn["evaluation"]["kl"] |= {"low": None, "high": None}
+    turn["evaluation"]["table"][0] |= {"low": None, "high": None}
+    page = render_report(turn)
+    assert "nats an answer from the start, one prompt: no interval" in page
+    assert "+0.100 (one prompt: no interval)" in page
+    assert "one prompt" not in render_report(TURN)

@@ -17,7 +17,6 @@ from corrigible.files import write_json
 
 if TYPE_CHECKING:
     from corrigible.evaluate.evaluation import Evaluation, SideBySide
-    from corrigible.intervals import Estimate
     from corrigible.models import LanguagePolicy
     from corrigible.rewards.signals import Signal
     from corrigible.store import Store
@@ -192,7 +191,7 @@ def _print(found: Evaluation) -> None:
         rates.add_row(
             escape(name),
             f"{rate.value:.3f}",
-            _interval(rate.estimate),
+            rate.estimate.between("prompt"),
             *(str(count) for count in (rate.wins, rate.ties, rate.losses, sum(rate.not_judged.values()))),
             f"{rate.position_effect.value:+.3f}",
         )
@@ -204,8 +203,8 @@ def _print(found: Evaluation) -> None:
     console.print(sides)
     if found.kl is not None:
         console.print(
-            f"KL to the baseline: {found.kl.value:.3f} ({_interval(found.kl.per_sequence)}) nats an answer, "
-            f"{found.kl.per_token.value:.4f} a token"
+            f"KL to the baseline: {found.kl.value:.3f} ({found.kl.per_sequence.between('prompt')}) "
+            f"nats an answer, {found.kl.per_token.value:.4f} a token"
             + ("" if found.kl.on_policy else " (log ratio under the sampler: temperature or top-p is not 1)"),
             markup=False,
         )
@@ -229,9 +228,5 @@ def _row(side: SideBySide) -> tuple[str, ...]:
         f"{side.candidate.value:.3f}",
         f"{side.baseline.value:.3f}",
         f"{side.difference.value:+.3f}",
-        _interval(side.difference),
+        side.difference.between("prompt"),
     )
-
-
-def _interval(estimate: Estimate) -> str:
-    return f"{estimate.low:.3f} to {estimate.high:.3f}"

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from corrigible.events import Artefact, emit
-from corrigible.files import write_json
+from corrigible.files import plain, write_json
 from corrigible.loop.gate import Verdict
 from corrigible.records import Comparison, Episode, Feedback, PolicyVersion
 from corrigible.store import Store
@@ -146,6 +146,7 @@ def write(out: Path, turn: dict[str, Any]) -> dict[str, Any]:
     """Write ``turn.json``, the page and, last, ``summary.json``; returns the summary."""
     from corrigible.loop.report import write_report
 
+    turn = plain(turn)  # the page shows what turn.json says: an end that is infinite is null in both
     evaluation = turn["evaluation"]
     summary = {
         "win_rate": evaluation["win_rate"]["value"],
