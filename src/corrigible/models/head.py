@@ -55,7 +55,7 @@ def score(
         hidden: ``(n, width)``.
         weight: ``(vocabulary, width)``; the output layer.
         targets: ``(n,)`` int64.
-        bias: ``(vocabulary,)`` of the output layer, if it has one; it gets no gradient.
+        bias: ``(vocabulary,)`` of the output layer, if it has one.
         temperature: what the logits are divided by.
         entropy: also the entropy of each distribution.
         block_bytes: how much memory the logits may take at a time; default :data:`BLOCK_BYTES`.
@@ -66,6 +66,7 @@ def score(
     keep_bytes = KEEP_BYTES if keep_bytes is None else keep_bytes
     if not torch.is_grad_enabled():
         hidden, weight = hidden.detach(), weight.detach()
+        bias = None if bias is None else bias.detach()
     logprobs, entropies = _Score.apply(
         hidden, weight, targets, bias, temperature, entropy, block_bytes, keep_bytes
     )
@@ -74,8 +75,8 @@ def score(
 
 def _blocks(rows: int, vocabulary: int, width: int, most: int) -> Iterator[slice]:
     size = max(1, most // (vocabulary * width))
-    count = -(-rows // size)
-    size = -(-rows // count)  # blocks of equal size
+    count = max(1, -(-rows // size))
+    size = max(1, -(-rows // count))  # blocks of equal size
     return (slice(start, min(start + size, rows)) for start in range(0, rows, size))
 
 
@@ -97,7 +98,7 @@ class _Score(torch.autograd.Function):
         logprobs = torch.empty(rows, dtype=wide, device=hidden.device)
         entropies = torch.empty(rows if entropy else 0, dtype=wide, device=hidden.device)
         normaliser = torch.empty(rows, dtype=wide, device=hidden.device)
-        backward = any(ctx.needs_input_grad[:2])
+        backward = any(ctx.needs_input_grad)
         keep = backward and not entropy and rows * vocabulary * hidden.element_size() <= keep_bytes
         kept: list[Tensor] = []
         for block in _blocks(rows, vocabulary, hidden.element_size(), block_bytes):
@@ -136,13 +137,14 @@ class _Score(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, grad_entropy: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, targets, normaliser, entropies, *kept = ctx.saved_tensors
         if ctx.spent:
             raise RuntimeError("The kept probabilities are used up by one backward pass; score again.")
+        hidden, weight, targets, normaliser, entropies, *kept = ctx.saved_tensors
         ctx.spent = bool(kept)
-        need_hidden, need_weight = ctx.needs_input_grad[:2]
+        need_hidden, need_weight, _, need_bias = ctx.needs_input_grad[:4]
         grad_hidden = torch.empty_like(hidden) if need_hidden else None
         grad_weight: Tensor | None = None
+        grad_bias = torch.zeros_like(ctx.bias, dtype=normaliser.dtype) if need_bias else None
         blocks = list(_blocks(len(hidden), len(weight), hidden.element_size(), ctx.block_bytes))
         for number, block in enumerate(blocks):
             rows = torch.arange(block.stop - block.start, device=hidden.device)
@@ -169,6 +171,8 @@ class _Score(torch.autograd.Function):
                 slope /= ctx.temperature
             if grad_hidden is not None:
                 torch.mm(slope, weight, out=grad_hidden[block])
+            if grad_bias is not None:
+                grad_bias += slope.sum(dim=0, dtype=grad_bias.dtype)
             if need_weight:
                 part = slope.T @ hidden[block]
                 if len(blocks) == 1:
@@ -179,4 +183,6 @@ class _Score(torch.autograd.Function):
                     grad_weight += part
         if grad_weight is not None:
             grad_weight = grad_weight.to(weight.dtype)
-        return grad_hidden, grad_weight, None, None, None, None, None, None
+        if grad_bias is not None:
+            grad_bias = grad_bias.to(ctx.bias.dtype)
+        return grad_hidden, grad_weight, None, grad_bias, None, None, None, None
