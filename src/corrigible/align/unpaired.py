@@ -134,17 +134,18 @@ def mismatch(
 ) -> list[Rendered | None]:
     """Each example's prompt with the answer of the next example of the batch (KTO, section 4.1).
 
-    After the last example comes the first. Examples with the same prompt or the same answer are passed
-    over, because their row would be a matched one, and so are answers that do not fit; an example for
-    which none is left gets ``None``.
+    After the last example comes the first. An answer that makes a row of the batch with this prompt
+    (the example's own answer, or another one to the same prompt) is passed over, because that row is a
+    matched one, and so is an answer that does not fit; an example for which none is left gets ``None``.
     """
     parts = [(row.ids[: row.scored[0]], row.ids[row.scored[0] :]) for (row,) in (e.rows for e in examples)]
+    matched = set(parts)
     found: list[Rendered | None] = []
     for index, example in enumerate(examples):
         row = None
         for place in range(index + 1, index + len(examples)):
             other = place % len(examples)
-            if parts[other][0] == parts[index][0] or parts[other][1] == parts[index][1]:
+            if (parts[index][0], parts[other][1]) in matched:
                 continue
             try:
                 row = renderer.fit(_joined(example, examples[other]), max_length, "truncate_prompt")
