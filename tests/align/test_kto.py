@@ -58,7 +58,7 @@ def test_value_and_gradient_equal_the_oracle_on_200_cases() -> None:
         desirable = [rng.random() < share for _ in range(n)]
         weights = rng.choice([None, [rng.random() + 0.01 for _ in range(n)]])
         beta, z0 = rng.choice([0.01, 0.1, 2.0]), rng.choice([0.0, 0.7, 30.0])
-        sides = rng.choice([(1.0, 1.0), (1.0, 3.0), (0.5, 0.0)])
+        sides = rng.choice([(1.0, 1.0), (1.0, 3.0), (0.1, 0.0)])
         denominator = rng.choice([None, 0.5 + 20 * rng.random()])
         logps, held = column(policy, grad=True), column(reference, grad=True)
         out = kto_loss(

@@ -116,7 +116,7 @@ def grpo_loss(
     ratio = log_ratio.clamp(-LIMIT, LIMIT).exp()
     high = (advantage > 0.0) & (ratio > 1.0 + clip_high)
     low = (advantage < 0.0) & (ratio < 1.0 - clip_low)
-    bound = torch.where(high, 1.0 + clip_high, 1.0 - clip_low).to(policy)
+    bound = torch.full_like(policy, 1.0 - clip_low).masked_fill(high, 1.0 + clip_high)
     losses = -torch.where(high | low, bound, ratio) * advantage
     kl = None
     if reference_logprobs is not None:

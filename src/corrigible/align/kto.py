@@ -134,9 +134,9 @@ def kto_loss(
     total = whole_weight(denominator, weights)
 
     rewards = implicit_rewards(policy_logps, reference_logps, beta=beta)
-    sign = torch.where(desirable, 1.0, -1.0).to(rewards)
+    sign = torch.full_like(rewards, -1.0).masked_fill(desirable, 1.0)
     gain = sign * (rewards - beta * z0)
-    scale = torch.where(desirable, desirable_weight, undesirable_weight).to(rewards)
+    scale = torch.full_like(rewards, undesirable_weight).masked_fill(desirable, desirable_weight)
     # 1 - sigma(x) as sigma(-x): the subtraction would round small losses away.
     losses = scale * torch.sigmoid(-gain)
     loss = weighted_mean(losses, weights, total)
