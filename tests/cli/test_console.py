@@ -151,8 +151,10 @@ def test_a_bug_keeps_its_traceback() -> None:
 def test_wrong_usage_is_2(arguments: list[str]) -> None:
     result = CliRunner().invoke(toy(lambda: None), arguments)
     assert result.exit_code == 2 and result.stdout == ""
-    with_json = CliRunner().invoke(toy(lambda: None), [*arguments, "--json"])
-    assert with_json.exit_code == 2
+    for places in ([*arguments, "--json"], ["--nope", *arguments, "--json"]):
+        with_json = CliRunner().invoke(toy(lambda: None), places)
+        assert with_json.exit_code == 2
+        assert json.loads(with_json.stdout)["error"]["exit_code"] == 2
 
 
 def test_a_result_already_printed_stays_the_only_object() -> None:

@@ -5,6 +5,7 @@ imported: ``corrigible --help`` answers in well under a second, and a test holds
 
 Exit codes: 0 done · 1 failure · 2 wrong usage · 3 input that cannot be used · 4 something missing ·
 5 the store or the disk · 6 refused by a gate · 7 the numbers broke (NaN, shapes) · 130 interrupted.
+A path that is not there counts by what should be there: data 3, a model 4, a store 5.
 """
 
 from __future__ import annotations
@@ -35,8 +36,8 @@ EXIT_CODES = {
     0: "done",
     1: "failure (a bug, or out of memory)",
     2: "wrong usage: an unknown option, a missing argument",
-    3: "input that cannot be used",
-    4: "something that is needed is missing: weights, an extra, a system package",
+    3: "input that cannot be used: a file that is not there, is empty or malformed; a name nobody knows",
+    4: "something that is needed is missing: a model, its weights, an extra, a system package",
     5: "the store or the disk: locked, gone, full, damaged",
     6: "refused: the evidence does not support the promotion",
     7: "the numbers broke: NaN, an all-masked batch",
@@ -95,15 +96,18 @@ class _Group(TyperGroup):
     def parse_args(self, ctx: Any, args: list[str]) -> Any:
         ctx.meta["corrigible.json"] = "--json" in args
         _console._state["printed_json"] = False
-        return super().parse_args(ctx, args)
+        try:
+            return super().parse_args(ctx, args)
+        except _USAGE_ERROR as error:  # in an option before the command: invoke() is never reached
+            _tell_usage_error(ctx, error)
+            raise
 
     def invoke(self, ctx: Any) -> Any:
         json = bool(ctx.meta.get("corrigible.json"))
         try:
             return super().invoke(ctx)
         except _USAGE_ERROR as error:
-            if json:
-                _print_json_error("UsageError", str(getattr(error, "message", error)), "See --help.", 2)
+            _tell_usage_error(ctx, error)
             raise
         except (Exception, KeyboardInterrupt) as error:
             known = as_corrigible_error(error)
@@ -117,6 +121,11 @@ class _Group(TyperGroup):
             if known.advice:
                 error_console.print(escape(known.advice))
             raise typer.Exit(known.exit_code) from error
+
+
+def _tell_usage_error(ctx: Any, error: Exception) -> None:
+    if ctx.meta.get("corrigible.json"):
+        _print_json_error("UsageError", str(getattr(error, "message", error)), "See --help.", 2)
 
 
 def _print_json_error(kind: str, message: str, advice: str, exit_code: int) -> None:
