@@ -71,7 +71,7 @@ def _from_root(name: str) -> str:
 
 def room_pages() -> dict[str, str]:
     """One page per room: its own docstring, then each of its public modules."""
-    top = ["corrigible", "corrigible.errors", "corrigible.events", "corrigible.intervals"]
+    top = ["corrigible", "corrigible.errors", "corrigible.events", "corrigible.files", "corrigible.intervals"]
     made = {"corrigible": _page("corrigible", top)}
     made["corrigible"] += _module("corrigible.subscribers")
     for room in ROOMS:

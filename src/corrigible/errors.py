@@ -22,13 +22,16 @@ class CorrigibleError(Exception):
 
 
 class BadInputError(CorrigibleError, ValueError):
-    """The input cannot be used (wrong type, empty, malformed, inconsistent)."""
+    """The input cannot be used (not there, wrong type, empty, malformed, inconsistent)."""
 
     exit_code = 3
 
 
 class MissingError(CorrigibleError):
-    """Something that is needed is not here: a model, an extra, a system package."""
+    """Something that is needed is not here, and can be got: a model, an extra, a system package.
+
+    A file of data that is not there is a :class:`BadInputError`, a store a :class:`StorageError`.
+    """
 
     exit_code = 4
 

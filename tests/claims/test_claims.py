@@ -101,4 +101,4 @@ def test_command_line(run_cli: Callable[..., Any], registry: dict[str, Claim]) -
     assert good.exit_code == 0 and json.loads(good.stdout)["results"][0]["verdict"] == "supported"
     bad = run_cli("claims", "run", "good", "bad")
     assert bad.exit_code == 6 and "not supported" in bad.stdout and "bad" in bad.stderr
-    assert run_cli("claims", "run", "nope").exit_code == 4
+    assert run_cli("claims", "run", "nope").exit_code == 3

@@ -64,7 +64,7 @@ def test_a_bad_file_does_not_keep_the_good_one_out(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "code", "words"), [("nowhere.jsonl", 4, "does not exist"), ("empty.jsonl", 3, "is empty")]
+    ("name", "code", "words"), [("nowhere.jsonl", 3, "does not exist"), ("empty.jsonl", 3, "is empty")]
 )
 def test_one_bad_file_is_an_error(folder: Path, name: str, code: int, words: str) -> None:
     (folder / "empty.jsonl").touch()

@@ -169,7 +169,7 @@ def test_missing_and_empty_input(tmp_path: Path) -> None:
         pass
     empty = invoke("--store", tmp_path / "empty.db", "--out", tmp_path / "b", *SMALL)
     assert empty.exit_code == 3 and "no comparisons" in empty.output and "corrigible judge" in empty.output
-    assert invoke("--data", tmp_path / "none.jsonl", "--out", tmp_path / "c", *SMALL).exit_code == 4
+    assert invoke("--data", tmp_path / "none.jsonl", "--out", tmp_path / "c", *SMALL).exit_code == 3
 
 
 def test_ctrl_c_exits_130_with_the_command_to_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

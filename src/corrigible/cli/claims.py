@@ -6,7 +6,7 @@ import typer
 from rich.markup import escape
 
 from corrigible.cli.console import Json, console, examples, print_json, progress_bus
-from corrigible.errors import MissingError, RefusedError
+from corrigible.errors import BadInputError, RefusedError
 
 
 def register(app: typer.Typer) -> None:
@@ -52,7 +52,7 @@ def register(app: typer.Typer) -> None:
         claims = load_claims()
         unknown = [name for name in names or () if name not in claims]
         if unknown:
-            raise MissingError(f"No claim {unknown[0]!r}.", advice=f"Known: {', '.join(sorted(claims))}.")
+            raise BadInputError(f"No claim {unknown[0]!r}.", advice=f"Known: {', '.join(sorted(claims))}.")
         with progress_bus(json):
             results = [run_claim(claims[name]) for name in names or claims]
         if json:

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from corrigible.errors import BadInputError, Interrupted, MissingError, StorageError
+from corrigible.errors import BadInputError, Interrupted, StorageError
 from corrigible.records import Annotator, comparison
 from corrigible.store import Store
 from corrigible.store.formats import IMPORTERS, import_file, sniff
@@ -166,7 +166,7 @@ def test_wrong_files_are_refused_with_advice(store: Store, tmp_path: Path, data:
 
 
 def test_missing_path_and_unknown_format(store: Store, write: Write, tmp_path: Path) -> None:
-    with pytest.raises(MissingError, match="does not exist"):
+    with pytest.raises(BadInputError, match="does not exist"):
         import_file(store, tmp_path / "nowhere")
     with pytest.raises(BadInputError, match="no import format 'xml'"):
         import_file(store, write(pair(1)), format="xml")

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from corrigible.errors import BadInputError, MissingError
+from corrigible.errors import BadInputError
 from corrigible.store.formats.lines import read_lines, refuse_foreign
 
 
@@ -95,5 +95,5 @@ def test_foreign_files_are_named(tmp_path: Path, data: bytes, words: str) -> Non
 
 
 def test_missing_file(tmp_path: Path) -> None:
-    with pytest.raises(MissingError, match="does not exist"):
+    with pytest.raises(BadInputError, match="does not exist"):
         list(read_lines(tmp_path / "nothing"))

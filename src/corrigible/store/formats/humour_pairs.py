@@ -13,7 +13,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from corrigible.errors import BadInputError, MissingError
+from corrigible.errors import BadInputError
 from corrigible.records import Annotator, Item, Message, comparison
 from corrigible.records.envelope import AGGREGATE
 from corrigible.store.formats.readers import read_jsonl
@@ -35,7 +35,7 @@ def _read(folder: Path, options: Mapping[str, Any]) -> Iterator[Row]:
     for name in ("items", "pairs"):
         found = [p for p in (folder / f"{name}.jsonl.gz", folder / f"{name}.jsonl") if p.is_file()]
         if not found:
-            raise MissingError(
+            raise BadInputError(
                 f"{folder} has no {name}.jsonl.gz.", advice="Both tables, items and pairs, are needed."
             )
         paths.append(found[0])

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from corrigible.errors import BadInputError, Interrupted, MissingError
+from corrigible.errors import BadInputError, Interrupted
 from corrigible.events import Progress, emit
 from corrigible.records import Feedback, UnknownPayload
 from corrigible.records.base import bad_input
@@ -107,8 +107,7 @@ def import_file(
         **options: for the format; ``max_line_bytes`` (default 64 MiB) for every line-based one.
 
     Raises:
-        BadInputError: the file as a whole cannot be used (empty, wrong type, unknown format).
-        MissingError: the file does not exist.
+        BadInputError: the file as a whole cannot be used (not there, empty, wrong type, unknown format).
         StorageError: the store or the disk failed; what was stored before stays, run it again.
         Interrupted: Ctrl-C; what was stored before stays, run it again.
     """
@@ -300,7 +299,7 @@ def _reason(error: BadInputError) -> str:
 
 def _choose(source: Path, format: str | None) -> Importer:
     if not source.exists():
-        raise MissingError(
+        raise BadInputError(
             f"{source} does not exist.", advice="Check the spelling, or give an absolute path."
         )
     if format is not None and format not in IMPORTERS:

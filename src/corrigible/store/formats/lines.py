@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from corrigible.errors import BadInputError, MissingError, StorageError
+from corrigible.errors import BadInputError, StorageError
 
 MAX_LINE_BYTES = 64 * 1024 * 1024
 _CHUNK = 1024 * 1024
@@ -66,7 +66,7 @@ def open_binary(path: Path) -> IO[bytes]:
     try:
         return path.open("rb")
     except FileNotFoundError:
-        raise MissingError(
+        raise BadInputError(
             f"{path} does not exist.", advice="Check the spelling, or give an absolute path."
         ) from None
     except IsADirectoryError:

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from corrigible.errors import BadInputError, MissingError
+from corrigible.errors import BadInputError
 from corrigible.store.formats import lines
 from corrigible.store.formats.lines import Line, read_lines
 from corrigible.store.formats.registry import Row
@@ -296,7 +296,7 @@ def read_hf(path: Path, options: Mapping[str, Any]) -> Iterator[Row]:
     try:
         loaded = datasets.load_from_disk(str(path))
     except FileNotFoundError:
-        raise MissingError(
+        raise BadInputError(
             f"{path} holds no dataset that was saved with save_to_disk.",
             advice="It needs a dataset_info.json and state.json, or a dataset_dict.json.",
         ) from None

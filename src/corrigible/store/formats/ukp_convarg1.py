@@ -14,7 +14,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from corrigible.errors import BadInputError, MissingError
+from corrigible.errors import BadInputError
 from corrigible.records import Annotator, Item, Message, comparison
 from corrigible.store.formats.readers import read_jsonl
 from corrigible.store.formats.registry import Origin, Parsed, Row, importer
@@ -26,7 +26,7 @@ def _find(folder: Path, name: str) -> Path:
     for candidate in (folder / f"{name}.gz", folder / name):
         if candidate.is_file():
             return candidate
-    raise MissingError(
+    raise BadInputError(
         f"{folder} has no {name} or {name}.gz.", advice="All three tables of UKPConvArg1 are needed."
     )
 
