@@ -65,6 +65,12 @@ class Network:
             raise Unsupported("its logits are not its output layer's")
         if config.hidden_act not in ("silu", "swish"):
             raise Unsupported(f"its activation is {config.hidden_act}")
+        if getattr(config, "attention_dropout", 0.0):
+            raise Unsupported("it drops attention weights in training")
+        if positions_depend_on_length(policy):
+            raise Unsupported("its positions depend on how long a row is")
+        if policy.has_adapter:
+            _check_adapter(network)
         self.layers = list(network.model.layers)
         self.heads = int(config.num_attention_heads)
         self.key_heads = int(config.num_key_value_heads)
@@ -75,14 +81,19 @@ class Network:
     @classmethod
     def of(cls, policy: LanguagePolicy, *, checkpoint_layers: bool = False) -> Network | None:
         """The network of a policy if it is right for it; otherwise None, and an event says why."""
-        if policy.plain_path is None:
-            try:
-                cls(policy).verify()
-                policy.plain_path = ""
-            except Unsupported as reason:
-                policy.plain_path = str(reason)
-                emit(Message(text=f"The plain path is used for {policy.name}: {reason}."))
-        return None if policy.plain_path else cls(policy, checkpoint_layers=checkpoint_layers)
+        if policy.plain_path:
+            return None
+        try:
+            # Even of a model that was accepted: it may have got an adapter since.
+            network = cls(policy, checkpoint_layers=checkpoint_layers)
+            if policy.plain_path is None:
+                network.verify()
+        except Unsupported as reason:
+            policy.plain_path = str(reason)
+            emit(Message(text=f"The plain path is used for {policy.name}: {reason}."))
+            return None
+        policy.plain_path = ""
+        return network
 
     def verify(self) -> None:
         """Compare with transformers' own network on a few tokens; raises :class:`Unsupported`."""
@@ -90,7 +101,7 @@ class Network:
         length = min(24, self.policy.context_length)
         ids = [(37 * i + 11) % vocabulary for i in range(length)]
         row = Rendered.from_tokens(ids[:2], ids[2:])
-        with torch.inference_mode():
+        with torch.inference_mode(), self.policy.without_dropout():
             try:
                 mine = self.hidden(pack([row], whole=True))
                 theirs = self.policy.hidden_states(torch.tensor([ids], device=self.policy.device))[0]
@@ -173,3 +184,34 @@ def linear(module: Any, x: Tensor) -> Tensor:
         inner = nn.functional.linear(module.lora_dropout[name](x), down.to(x.dtype))
         out = torch.addmm(out, inner, (up * module.scaling[name]).to(x.dtype).T)
     return out
+
+
+def positions_depend_on_length(policy: LanguagePolicy) -> bool:
+    """Whether the frequencies of the rotary positions are chosen by the longest row of a forward pass."""
+    given = getattr(policy.network.config.get_text_config(decoder=True), "rope_parameters", None) or {}
+    each = [given, *(one for one in given.values() if isinstance(one, dict))]
+    return any(str(one.get("rope_type")) in ("dynamic", "longrope") for one in each)
+
+
+def _check_adapter(network: Any) -> None:
+    """:class:`Unsupported` for an adapter that is more than two factors beside some linear layers.
+
+    What such an adapter adds (a bias, a decomposed magnitude, a table beside the embedding) may well be
+    zero at first, so that comparing numbers would not find it.
+    """
+    from peft.tuners.lora import Linear as LoraLinear
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils import ModulesToSaveWrapper
+
+    if type(network.get_output_embeddings()) is not nn.Linear:
+        raise Unsupported("its output layer has an adapter")
+    for name, module in network.named_modules():
+        if isinstance(module, ModulesToSaveWrapper):
+            raise Unsupported(f"its adapter replaces {name}")
+        if isinstance(module, BaseTunerLayer) and (
+            type(module) is not LoraLinear
+            or type(module.base_layer) is not nn.Linear
+            or getattr(module, "lora_variant", True)  # what an older PEFT cannot say is not assumed
+            or any(getattr(module, "lora_bias", {}).values())
+        ):
+            raise Unsupported(f"its adapter of {name} is not plain LoRA")

@@ -174,6 +174,17 @@ class LanguagePolicy:
         with self.model.disable_adapter():
             yield
 
+    @contextmanager
+    def without_dropout(self) -> Iterator[None]:
+        """For comparing two passes of a model that may be in training mode; that mode comes back."""
+        training = [module for module in self.model.modules() if module.training]
+        self.model.eval()
+        try:
+            yield
+        finally:
+            for module in training:
+                module.training = True
+
     def trainable_parameters(self) -> list[nn.Parameter]:
         """The parameters that an optimiser should see: the adapter's, else all."""
         return [p for p in self.model.parameters() if p.requires_grad]
@@ -261,7 +272,7 @@ class LanguagePolicy:
         Some models scale or cap their logits after it. Rather than knowing which, this tries once.
         """
         if self._head_is_plain is None:
-            with torch.inference_mode():
+            with torch.inference_mode(), self.without_dropout():
                 ids = torch.arange(8, device=self.device).unsqueeze(0) % self.network.config.vocab_size
                 try:
                     mine = self.head(self.hidden_states(ids))

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from corrigible.errors import BadInputError, NumericsError
 from corrigible.models.head import Scores, score
-from corrigible.models.network import Network
+from corrigible.models.network import Network, positions_depend_on_length
 from corrigible.models.packing import pack, packed_size
 from corrigible.models.policy import LanguagePolicy
 from corrigible.models.renderer import Rendered
@@ -48,11 +48,13 @@ class Scorer:
         self.policy = policy
         self.network = Network.of(policy, checkpoint_layers=checkpoint_layers)
         self.share = share and self.network is not None
+        # A short row must not be read with the frequencies of a long one beside it.
+        self.one_by_one = self.network is None and positions_depend_on_length(policy)
 
     def size(self, rows: Rows) -> int:
         """Tokens that these rows take in a forward pass of their own, padding included."""
         if self.network is None:
-            return len(rows) * max(row.scored[-1] for row in rows)
+            return len(rows) * max(row.scored[-1] if row.scored else len(row) for row in rows)
         return packed_size(rows, share=self.share)
 
     def __call__(
@@ -105,6 +107,8 @@ class Scorer:
             if self.network is not None:
                 packed = pack(rows, share=self.share, whole=True)
                 return self.network.hidden(packed).index_select(0, packed.last.to(self.policy.device)).float()
+            if self.one_by_one and len(rows) > 1:
+                return torch.cat([self.states([[row]], grad=grad) for row in rows])
             ids, _ = _padded([row.ids for row in rows])
             states = self.policy.hidden_states(ids.to(self.policy.device))
             last = torch.tensor([len(row) - 1 for row in rows], device=states.device)
@@ -120,6 +124,12 @@ class Scorer:
         return self._score(states, packed.targets.to(device), temperature, entropy)
 
     def _plain(self, rows: Rows, temperature: float, entropy: bool) -> Scores:
+        if self.one_by_one and len(rows) > 1:
+            found = [self._plain([row], temperature, entropy) for row in rows]
+            entropies = [one.entropy for one in found if one.entropy is not None]
+            return Scores(
+                torch.cat([one.logprobs for one in found]), torch.cat(entropies) if entropy else None
+            )
         # The last scored token is predicted, never read. Padding stands on the right, so with causal
         # attention no scored position sees it: no mask is needed, and positions count from 0 in each row.
         ids, width = _padded([row.ids[: row.scored[-1]] for row in rows])
@@ -155,7 +165,7 @@ def check_rows(policy: LanguagePolicy, rows: Rows, *, scored: bool = True) -> No
     """BadInputError for rows that cannot be scored; ``scored=False`` asks for tokens only."""
     if not rows:
         raise BadInputError("The batch is empty: there is nothing to score.")
-    size = int(policy.network.get_input_embeddings().num_embeddings)
+    size = len(policy.network.get_input_embeddings().weight)
     for number, row in enumerate(rows):
         if not row.ids:
             raise BadInputError(f"Row {number} of the batch has no tokens.", advice="Leave it out.")
@@ -174,8 +184,9 @@ def check_rows(policy: LanguagePolicy, rows: Rows, *, scored: bool = True) -> No
                 advice="Leave it out, or use renderer.fit(rendered, max_length, policy='truncate_prompt').",
             )
         if max(row.ids) >= size or min(row.ids) < 0:
+            unknown = next(token for token in row.ids if not 0 <= token < size)
             raise BadInputError(
-                f"Row {number} holds the token id {max(row.ids)}; {policy.name} knows {size} tokens.",
+                f"Row {number} holds the token id {unknown}; {policy.name} knows {size} tokens.",
                 advice="Render it with this policy's own renderer.",
             )
 
