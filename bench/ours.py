@@ -29,15 +29,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
 from bench.pairs import Group
 from bench.prepared import Prepared
 from bench.process import Measurement, Training, forget_peak, peak_rss_mb, recent_peak_rss_mb, report
 from bench.rival import add_common_options, as_training, prepared_for
+from torch import nn
+
 from corrigible.align import TrainConfig, Trainer, get_algorithm
+from corrigible.align.advantages import group_advantages
+from corrigible.align.groups import GroupExample
+from corrigible.align.reference import micro_batches
 from corrigible.align.sources import PairExample, row_key
+from corrigible.align.unpaired import UnpairedExample
 from corrigible.errors import BadInputError
 from corrigible.models import LanguagePolicy, Rendered, load_policy
+from corrigible.models.scoring import Scorer
+from corrigible.rewards.losses import bradley_terry_loss
+
+
+Batches = Sequence[Sequence[Group]]
 
 
 @dataclass
@@ -82,7 +92,7 @@ class GivenExamples:
 def dpo(
     policy: LanguagePolicy,
     batches: Sequence[Sequence[Group]],
-    training: Training,
+    prepared: Prepared,
     config: TrainConfig,
     out: Path,
 ) -> Update:
@@ -91,8 +101,79 @@ def dpo(
     return _through_trainer("dpo", policy, source, config, out)
 
 
-UPDATES: dict[str, Callable[..., Update]] = {"dpo": dpo}
-"""How each algorithm's update is made; a name that is absent is not built yet."""
+def kto(
+    policy: LanguagePolicy,
+    batches: Sequence[Sequence[Group]],
+    prepared: Prepared,
+    config: TrainConfig,
+    out: Path,
+) -> Update:
+    """KTO through the one trainer: desirable answers first, as :mod:`bench.rival` gives them to TRL."""
+    source = GivenExamples([_unpaired(batch) for batch in batches])
+    return _through_trainer("kto", policy, source, config, out)
+
+
+def grpo(
+    policy: LanguagePolicy,
+    batches: Sequence[Sequence[Group]],
+    prepared: Prepared,
+    config: TrainConfig,
+    out: Path,
+) -> Update:
+    """GRPO through the one trainer; behaviour log-probs are those of the policy before the first step."""
+    scorer = Scorer(policy)
+    source = GivenExamples([[_group(group, scorer) for group in batch] for batch in batches])
+    return _through_trainer("grpo", policy, source, config, out)
+
+
+def reward(
+    policy: LanguagePolicy,
+    batches: Sequence[Sequence[Group]],
+    prepared: Prepared,
+    config: TrainConfig,
+    out: Path,
+) -> Update:
+    """A reward model: a linear head on each row's last state, Bradley-Terry, all weights trained.
+
+    The one trainer moves policies by log-probs, so this loop is written out here, of the library's
+    scorer, loss and micro-batches and with the trainer's optimiser.
+    """
+    scorer = Scorer(policy)
+    head = nn.Parameter(prepared.score())
+    parameters = policy.trainable_parameters()
+    masters = [p if p.dtype == torch.float32 else nn.Parameter(p.detach().float()) for p in parameters]
+    optimiser = torch.optim.AdamW(
+        [*masters, head], lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay
+    )
+
+    def step(number: int) -> float:
+        pairs = [_pair(group).rows for group in batches[number]]
+        loss = 0.0
+        for part in micro_batches([scorer.size(rows) for rows in pairs], config.micro_batch_tokens):
+            states = scorer.states([pairs[i] for i in part], grad=True)
+            scores = (states @ head).view(-1, 2)
+            output = bradley_terry_loss(scores[:, 0], scores[:, 1], denominator=float(len(pairs)))
+            output.loss.backward()
+            loss += float(output.loss.detach())
+        for parameter, master in zip(parameters, masters, strict=True):
+            # The output layer is not read; where it is a weight of its own, it has no gradient.
+            if master is not parameter and parameter.grad is not None:
+                master.grad = parameter.grad.float()
+        nn.utils.clip_grad_norm_([*masters, head], config.max_grad_norm)
+        optimiser.step()
+        with torch.no_grad():
+            for parameter, master in zip(parameters, masters, strict=True):
+                if master is not parameter:
+                    parameter.copy_(master)
+                parameter.grad = master.grad = None
+            head.grad = None
+        return loss
+
+    return Update(step, 0.0, {"micro_batch_tokens": config.micro_batch_tokens})
+
+
+UPDATES: dict[str, Callable[..., Update]] = {"dpo": dpo, "reward": reward, "kto": kto, "grpo": grpo}
+"""How each algorithm's update is made."""
 
 
 def measure(prepared: Prepared, training: Training, assignments: Sequence[str] = ()) -> Measurement:
@@ -102,13 +183,8 @@ def measure(prepared: Prepared, training: Training, assignments: Sequence[str] =
         assignments: ``NAME=VALUE`` changes to :class:`~corrigible.align.TrainConfig`.
 
     Raises:
-        BadInputError: an algorithm without an update here, or fewer batches than steps.
+        BadInputError: fewer batches than steps.
     """
-    if training.algorithm not in UPDATES:
-        raise BadInputError(
-            f"There is no update for {training.algorithm} here yet.",
-            advice=f"There are: {', '.join(UPDATES)}.",
-        )
     batches = prepared.batches()[: training.total]
     if len(batches) < training.total:
         raise BadInputError(f"{len(batches)} batches are prepared, {training.total} steps were asked for.")
@@ -123,7 +199,7 @@ def measure(prepared: Prepared, training: Training, assignments: Sequence[str] =
     config = TrainConfig(
         **{
             "steps": training.total,
-            "batch_size": len(batches[0]),
+            "batch_size": len(batches[0]),  # only named; the source gives whole batches
             "lr": training.lr,
             "schedule": "constant",
             "warmup": 0.0,
@@ -131,7 +207,7 @@ def measure(prepared: Prepared, training: Training, assignments: Sequence[str] =
         }
     )
     with tempfile.TemporaryDirectory(prefix="corrigible-bench-") as folder:
-        update = UPDATES[training.algorithm](policy, batches, training, config, Path(folder))
+        update = UPDATES[training.algorithm](policy, batches, prepared, config, Path(folder))
         setup = time.perf_counter() - began
         can_tell = forget_peak()
         seconds: list[float] = []
@@ -188,6 +264,34 @@ def _row(group: Group, completion: Sequence[int]) -> Rendered:
 def _pair(group: Group) -> PairExample:
     chosen, rejected = (_row(group, completion) for completion in group.completions)
     return PairExample(rows=(chosen, rejected), p_chosen=1.0, weight=1.0, group="", derived_from=())
+
+
+def _unpaired(batch: Sequence[Group]) -> list[UnpairedExample]:
+    order = [(group, side) for side in (0, 1) for group in batch]
+    answers = [group.completions[side] for group, side in order]
+    return [
+        UnpairedExample(
+            rows=(_row(group, answers[place]),),
+            desirable=group.rewards[side] > 0.5,
+            weight=1.0,
+            group="",
+            derived_from=(),
+            mismatched=_row(group, answers[(place + 1) % len(answers)]),
+        )
+        for place, (group, side) in enumerate(order)
+    ]
+
+
+def _group(group: Group, scorer: Scorer) -> GroupExample:
+    rows = tuple(_row(group, completion) for completion in group.completions)
+    rewards = torch.tensor(group.rewards)
+    advantages = group_advantages(rewards, torch.zeros(len(rows), dtype=torch.long))
+    return GroupExample(
+        rows=rows,
+        advantages=tuple(advantages.tolist()),
+        rewards=group.rewards,
+        behaviour=tuple(tuple(known.tolist()) for known in scorer([rows])),
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

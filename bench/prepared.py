@@ -13,15 +13,14 @@ memory and time are taken.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from bench.pairs import Group, as_json, from_json, real_batches, synthetic_batches
 from safetensors.torch import load_file, save_file
 
-from bench.pairs import Group, as_json, from_json, real_batches, synthetic_batches
 from corrigible.models import load_policy
 
 HEAD_SCALE = 0.02
@@ -96,7 +95,7 @@ def prepare(
         save_file({"score": score.to(torch.bfloat16).float()}, prepared.folder / "score.safetensors")
     else:
         for name in ("model", "adapter", "score.safetensors"):
-            os.symlink(weights_of.folder / name, prepared.folder / name)
+            (prepared.folder / name).symlink_to(weights_of.folder / name)
     groups: Sequence[Sequence[Group]]
     if shape is None:
         groups = real_batches(

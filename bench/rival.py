@@ -16,15 +16,16 @@ Differences from a run by hand, all of them small or in TRL's favour:
   with SmolLM2 that token is the end of turn, which stands in every prompt: the two sides would train
   different parameters (measured on a tiny model: losses 1e-4 apart after two steps instead of 1e-6).
 * KTO's rows come as *all desirable, then all undesirable* of a batch, as TRL's own unpairing orders
-  them, so that the mismatched answers of its KL estimate belong to other prompts.
+  them, so that the mismatched answers of its KL estimate belong to other prompts. Each prompt takes the
+  next row's answer; TRL's preparation takes the one before.
 * GRPO's old log-probs are those of the policy before the first step, computed before the clock starts.
   TRL by default takes the current policy for the old one; then its loss would not depend on the weights,
   and equal losses would show nothing. Its cost in the step is nil.
 
-Settings. ``default`` is what a user gets: TRL's defaults, with ``use_cpu`` (TRL turns bf16 on by itself: float32
-weights under bf16 autocast, gradient checkpointing, a second model as the reference, the whole batch in
-one forward pass). ``fastest`` is the quickest that :mod:`bench.rival_search` found to work; it names
-what was tried.
+Settings. ``default`` is what a user gets: TRL's defaults, with ``use_cpu`` (TRL turns bf16 on by itself:
+float32 weights under bf16 autocast, gradient checkpointing, a second model as the reference, the whole
+batch in one forward pass). ``fastest`` is the quickest that :mod:`bench.rival_search` found to work; that
+module names what was tried.
 """
 
 from __future__ import annotations
@@ -40,7 +41,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
 from bench.pairs import Group
 from bench.prepared import Prepared, prepare
 from bench.process import (
@@ -52,6 +52,7 @@ from bench.process import (
     recent_peak_rss_mb,
     report,
 )
+
 from corrigible.errors import BadInputError, MissingError
 
 VERSION = "1.16.0"
@@ -92,8 +93,8 @@ class Setting:
 SETTINGS: dict[str, dict[str, Setting]] = {
     "default": {name: Setting() for name in ALGORITHMS},
     "fastest": {
-        "dpo": Setting(precompute_reference=True, gradient_checkpointing=False),
-        "reward": Setting(gradient_checkpointing=False),
+        "dpo": Setting(precompute_reference=True, gradient_checkpointing=False, micro_batch=2),
+        "reward": Setting(gradient_checkpointing=False, micro_batch=2),
         "kto": Setting(precompute_reference=True, gradient_checkpointing=False),
         "grpo": Setting(gradient_checkpointing=False),
     },
@@ -324,7 +325,7 @@ def _rows(algorithm: str, batches: Sequence[Sequence[Group]]) -> list[dict[str, 
                 {
                     "prompt_ids": list(group.prompt),
                     "completion_ids": list(answers[place]),
-                    "KL_completion_ids": list(answers[place - 1]),
+                    "KL_completion_ids": list(answers[(place + 1) % len(answers)]),
                     "label": group.rewards[side] > 0.5,
                 }
                 for place, (group, side) in enumerate(order)
