@@ -13,8 +13,8 @@ rollout without :meth:`RolloutEngine.sync` raise ``stale_weights``.
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -98,7 +98,6 @@ class _Run:
     running: list[_Sequence] = field(default_factory=list)
     holds: dict[int, tuple[int, ...]] = field(default_factory=dict)  # slot to the prefix it began with
     after: dict[tuple[int, ...], Tensor] = field(default_factory=dict)  # logits after a prefix still wanted
-    stale: bool = False  # the caches are of weights that are no longer there
     steps: int = 0
 
 
@@ -151,11 +150,11 @@ class RolloutEngine:
         """
         loaded = self._watch.load()
         expect(self.policy, expected, loaded)
-        if isinstance(self._model, CopyingModel):
-            self._model.load()
-            self._verify_copy()
         if self._run is not None:
-            self._run.stale = True
+            self._forget(self._run)
+        if isinstance(self._model, CopyingModel):
+            self._model.refresh()
+            self._verify_copy()
         return loaded
 
     def update_weights(self, state: Mapping[str, Tensor], expected: str | None = None) -> str:
@@ -234,8 +233,10 @@ class RolloutEngine:
         results: list[dict[int, Generation]] = [{} for _ in prompts]
         total, done = len(prompts) * count, 0
         emit(Progress(task="generating", done=0, total=total, unit="answer"))
-        for event in events:
-            if isinstance(event, Finished):
+        with closing(events):
+            for event in events:
+                if isinstance(event, Delta):
+                    continue
                 results[event.prompt][event.sample] = event.generation
                 done += 1
                 emit(Progress(task="generating", done=done, total=total, unit="answer"))
@@ -255,7 +256,7 @@ class RolloutEngine:
         partials: Sequence[Partial] = (),
         keep: str | Path | None = None,
         deltas: bool = True,
-    ) -> Iterator[RolloutEvent]:
+    ) -> Generator[RolloutEvent, None, None]:
         """The same as events: with ``deltas`` a :class:`Delta` as text comes, and a :class:`Finished`
         for each answer. Answers finish in any order. Closing the iterator ends the run.
 
@@ -271,10 +272,7 @@ class RolloutEngine:
             raise BadInputError("There are no prompts to answer.")
         if n < 1:
             raise BadInputError(f"n must be at least 1; it is {n}.")
-        if self._busy:
-            raise BadInputError(
-                "This engine is sampling already.", advice="Finish or close that iterator, or make another."
-            )
+        self._refuse_if_busy()
         if self._watch.moved() or self._watch.changed():
             self.sync()
         expect(self.policy, weights, self.weights)
@@ -347,7 +345,8 @@ class RolloutEngine:
         free = list(range(min(self.slots, len(waiting))))
         return _Run(sampling, False, None, refused, sequences, waiting, free)
 
-    def _going(self, run: _Run) -> Iterator[RolloutEvent]:
+    def _going(self, run: _Run) -> Generator[RolloutEvent, None, None]:
+        self._refuse_if_busy()
         self._busy = True
         try:
             with _evaluating(self.policy):
@@ -361,103 +360,111 @@ class RolloutEngine:
                     if run.keep is not None and run.steps % KEEP_EVERY == 0:
                         write_partials(run.keep, self.partials())
                     yield from events
-            if self._watch.changed() and not run.stale:
+            if self._watch.changed():
                 raise self._changed_meanwhile()
         finally:
             self._busy = False
-            with torch.inference_mode():
-                for slot in run.holds:
-                    self._model.free(slot)
+            self._release_all(run)
             if run.keep is not None:
                 write_partials(run.keep, self.partials())
 
     def _step(self, run: _Run) -> list[RolloutEvent]:
-        """One more token for every sequence that is going on."""
+        """One more token for every sequence that is going on, and the first for those that then find room."""
         if self.policy.model.training:  # somebody trained between two events
             self.policy.model.eval()
-        logits = self._read_on(run)
+        if self._watch.moved() and self._watch.changed():
+            raise self._changed_meanwhile()
         run.steps += 1
-        uniform = torch.tensor(
-            [s.draws[len(s.ids)] for s in run.running], dtype=torch.float64, device=logits.device
-        )
+        events: list[RolloutEvent] = []
+        going, run.running = run.running, []
+        if going and not run.holds:
+            logits = self._model.prefill([s.prefix for s in going], [[s.slot] for s in going])
+            run.holds = {s.slot: s.prefix for s in going}
+            events += self._draw(run, going, logits)
+        elif going:
+            logits = self._model.decode([s.slot for s in going], [s.ids[-1] for s in going])
+            events += self._draw(run, going, logits)
+        while run.waiting and run.free:
+            together = min(getattr(self._model, "admit_together", 1), len(run.waiting))
+            if run.running and len(run.free) < together:
+                break
+            new = [run.waiting.popleft() for _ in range(min(len(run.free), len(run.waiting)))]
+            events += self._draw(run, new, self._admit(run, new))
+        for slot in run.free:
+            self._release(run, slot)
+        return events
+
+    def _forget(self, run: _Run) -> None:
+        """Everything that was read was read with other weights: it is to be read again."""
+        run.after.clear()
+        self._release_all(run)
+        for sequence in run.running:
+            sequence.sampled_by(self.weights)
+
+    def _release(self, run: _Run, slot: int) -> None:
+        if run.holds.pop(slot, None) is not None:
+            self._model.free(slot)
+
+    def _release_all(self, run: _Run) -> None:
+        with torch.inference_mode():
+            for slot in list(run.holds):
+                self._release(run, slot)
+
+    def _draw(self, run: _Run, sequences: list[_Sequence], logits: Tensor) -> list[RolloutEvent]:
+        """Draw the next token of ``sequences`` from ``logits`` ``(n, vocabulary)``."""
+        numbers = [s.draws[len(s.ids)] for s in sequences]
+        uniform = torch.tensor(numbers, dtype=torch.float64, device=logits.device)
         drawn, plain, chosen = draw(logits, run.sampling, uniform, self._scratch)
         if not bool(plain.isfinite().all()):
-            bad = run.running[int((~plain.isfinite()).nonzero()[0, 0])]
+            bad = sequences[int((~plain.isfinite()).nonzero()[0, 0])]
             raise NumericsError(
                 f"nonfinite_logits: {self.policy.name} gives logits that are not finite "
                 f"(prompt {bad.prompt}, token {len(bad.ids)}).",
                 advice="The weights are damaged or overflow in this dtype; try dtype='float32'.",
             )
         events: list[RolloutEvent] = []
-        going: list[_Sequence] = []
         for sequence, token, logprob, sampling_logprob in zip(
-            run.running, drawn.tolist(), plain.tolist(), chosen.tolist(), strict=True
+            sequences, drawn.tolist(), plain.tolist(), chosen.tolist(), strict=True
         ):
             sequence.ids.append(token)
             sequence.logprobs.append(logprob)
             sequence.sampling_logprobs.append(sampling_logprob)
             sequence.reason = self._reason(sequence, run.sampling)
-            if sequence.reason is not None:
-                run.free.append(sequence.slot)
-                finished = self._finished(run, sequence)
-                if run.deltas:
-                    events.extend(_delta(sequence, finished.generation.text))
-                events.append(finished)
-            else:
-                going.append(sequence)
+            if sequence.reason is None:
+                run.running.append(sequence)
                 if run.deltas:
                     events.extend(_delta(sequence, None))
-        run.running = going
+                continue
+            run.free.append(sequence.slot)
+            finished = self._finished(run, sequence)
+            if run.deltas:
+                events.extend(_delta(sequence, finished.generation.text))
+            events.append(finished)
         return events
-
-    def _read_on(self, run: _Run) -> Tensor:
-        """Logits ``(running, vocabulary)`` for what is going on and what newly takes a free slot."""
-        if not run.stale and self._watch.moved() and self._watch.changed():
-            raise self._changed_meanwhile()
-        parts: list[Tensor] = []
-        if run.stale:
-            # Everything that was read was read with other weights.
-            run.stale = False
-            run.after.clear()
-            run.holds = {s.slot: run.holds[s.slot] for s in run.running}
-            if run.running:
-                parts.append(
-                    self._model.prefill([s.prefix for s in run.running], [[s.slot] for s in run.running])
-                )
-            for sequence in run.running:
-                sequence.sampled_by(self.weights)
-        elif run.running:
-            parts.append(self._model.decode([s.slot for s in run.running], [s.ids[-1] for s in run.running]))
-        count = min(len(run.free), len(run.waiting))
-        together = min(getattr(self._model, "admit_together", 1), len(run.waiting))
-        if count and (not run.running or count >= together):
-            parts.append(self._admit(run, [run.waiting.popleft() for _ in range(count)]))
-        for slot in run.free:
-            if run.holds.pop(slot, None) is not None:
-                self._model.free(slot)
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _admit(self, run: _Run, new: list[_Sequence]) -> Tensor:
         """Give slots to ``new``. A prefix that is held somewhere is copied, others are read, once each."""
-        wanted = Counter(s.prefix for s in run.waiting)
+        fork = self._model.fork if isinstance(self._model, ForkingModel) else None
         reads: dict[tuple[int, ...], list[int]] = {}
+
+        def least_wanted(slot: int) -> tuple[bool, int]:
+            return run.holds.get(slot) in run.after, slot
+
         for sequence in new:
             prefix = sequence.prefix
-            holding = [slot for slot, held in run.holds.items() if held == prefix]
-            source = next((s for s in holding if s in run.free), holding[0] if holding else None)
-            shared = prefix in run.after and source is not None and isinstance(self._model, ForkingModel)
-            # A slot that already holds it is only wound back; one that others may still want is left.
-            slot = (
-                source
-                if shared and source in run.free
-                else min(run.free, key=lambda s: (run.holds.get(s) in run.after, s))
-            )
-            assert slot is not None
-            run.free.remove(slot)
-            if shared and source is not None and isinstance(self._model, ForkingModel):
-                self._model.fork(source, slot, len(prefix))
-            else:
+            known = prefix in run.after
+            holding = [slot for slot, held in run.holds.items() if held == prefix] if known else []
+            source = next((slot for slot in holding if slot in run.free), holding[0] if holding else None)
+            if fork is None or source is None or prefix in reads:
+                slot = min(run.free, key=least_wanted)
+                self._release(run, slot)
                 reads.setdefault(prefix, []).append(slot)
+            else:
+                slot = source if source in run.free else min(run.free, key=least_wanted)
+                if slot != source:
+                    self._release(run, slot)
+                fork(source, slot, len(prefix))
+            run.free.remove(slot)
             run.holds[slot] = prefix
             sequence.slot = slot
             sequence.draws = uniforms(sequence.seed, sequence.budget)
@@ -470,8 +477,8 @@ class RolloutEngine:
             logits = self._model.prefill([*reads], [*reads.values()])
             run.after.update(zip(reads, logits, strict=True))
         found = torch.stack([run.after[sequence.prefix] for sequence in new])
-        run.after = {prefix: after.clone() for prefix, after in run.after.items() if wanted[prefix]}
-        run.running.extend(new)
+        wanted = {s.prefix for s in run.waiting}
+        run.after = {prefix: after.clone() for prefix, after in run.after.items() if prefix in wanted}
         return found
 
     def _reason(self, sequence: _Sequence, sampling: Sampling) -> FinishReason | None:
@@ -506,6 +513,12 @@ class RolloutEngine:
             ),
         )
 
+    def _refuse_if_busy(self) -> None:
+        if self._busy:
+            raise BadInputError(
+                "This engine is sampling already.", advice="Finish or close that iterator, or make another."
+            )
+
     def _changed_meanwhile(self) -> NumericsError:
         return NumericsError(
             f"stale_weights: the weights of {self.policy.name} changed while answers were being sampled.",
@@ -524,6 +537,8 @@ def _resume(sequences: list[_Sequence], partials: Sequence[Partial], sampling: S
     for partial in partials:
         found = by_seed.get(partial.seed)
         theirs = partial.sampling.model_copy(update={"n": 1, "seed": None})
+        if partial.finish_reason is None and found is not None and len(partial.ids) >= found.budget:
+            found = None
         if found is None or found.prompt_ids != partial.prompt_ids or theirs != settings:
             raise BadInputError(
                 "A partial answer belongs to another prompt, seed or sampling setting.",
@@ -574,7 +589,8 @@ def _memory_advice(slots: int) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        if isinstance(error, MemoryError) or "memory" in str(error).lower():
+        said = str(error).lower()
+        if isinstance(error, MemoryError) or "out of memory" in said or "allocate memory" in said:
             raise NumericsError(
                 f"out_of_memory: the machine has no room for {slots} sequences at a time ({error}).",
                 advice="Take fewer slots (batch_size, --batch-size), shorter prompts, or fewer max_tokens.",

@@ -31,12 +31,12 @@ class DecodeModel(Protocol):
     """A language model that keeps several sequences going, each in a slot (0, 1, 2, ...).
 
     Calls come inside ``torch.inference_mode()``, with the policy in evaluation mode. Optional on top:
-    ``fork`` (:class:`ForkingModel`), ``load`` (:class:`CopyingModel`) and an attribute
+    ``fork`` (:class:`ForkingModel`), ``refresh`` (:class:`CopyingModel`) and an attribute
     ``admit_together``, the least number of free slots worth reading new prompts for (default 1).
     """
 
     def prefill(self, prompts: list[Sequence[int]], slots: list[list[int]]) -> Tensor:
-        """Read each prompt once; its cache goes to each of its slots, which it overwrites.
+        """Read each prompt once; its cache goes to each of its slots, which are empty.
 
         Returns:
             The logits after each prompt, ``(prompts, vocabulary)``, any float type.
@@ -48,7 +48,7 @@ class DecodeModel(Protocol):
         ...
 
     def free(self, slot: int) -> None:
-        """The sequence in ``slot`` has ended; freeing an empty slot is harmless."""
+        """The sequence in ``slot`` has ended; the slot is empty."""
         ...
 
 
@@ -57,7 +57,10 @@ class ForkingModel(Protocol):
     """A decode model that can start a slot from the beginning of another one."""
 
     def fork(self, source: int, target: int, length: int) -> None:
-        """The first ``length`` tokens of ``source`` go to ``target``; the same slot twice is a rewind."""
+        """The first ``length`` tokens of ``source`` go to ``target``, which is empty, or the same slot.
+
+        ``length`` is that of the prompt that ``source`` was filled with.
+        """
         ...
 
 
@@ -65,8 +68,8 @@ class ForkingModel(Protocol):
 class CopyingModel(Protocol):
     """A decode model that holds weights of its own (fused, merged, quantised)."""
 
-    def load(self) -> None:
-        """Take the policy's weights as they are now; the caches are of the old ones and are overwritten."""
+    def refresh(self) -> None:
+        """Take the policy's weights as they are now. What is in the slots is thrown away afterwards."""
         ...
 
 
