@@ -1,4 +1,4 @@
-"""The packed network is that of transformers, whatever the model, adapter and precision; or it is not used."""
+"""The packed network is that of transformers, whatever model, adapter and precision; or it is not used."""
 
 from __future__ import annotations
 
