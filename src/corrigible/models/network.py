@@ -114,8 +114,11 @@ class Network:
         if not difference <= TOLERANCE[self.policy.dtype]:
             raise Unsupported(f"its hidden states differ by {difference:.2g} from those of transformers")
 
-    def hidden(self, packed: Packed) -> Tensor:
-        """Last hidden states ``(tokens, width)``, the final norm applied; differentiable."""
+    def hidden(self, packed: Packed, keep: list[tuple[Tensor, Tensor]] | None = None) -> Tensor:
+        """Last hidden states ``(tokens, width)``, the final norm applied; differentiable.
+
+        ``keep`` receives every layer's keys and values, ``(tokens, key heads, size)``.
+        """
         device = self.policy.device
         inner = self.policy.network.model
         x = nn.functional.embedding(packed.ids.to(device), inner.embed_tokens.weight)
@@ -124,7 +127,7 @@ class Network:
             if self.checkpoint_layers and torch.is_grad_enabled():
                 x = checkpoint(self._layer, layer, x, cos, sin, packed.nodes, use_reentrant=False)
             else:
-                x = self._layer(layer, x, cos, sin, packed.nodes)
+                x = self._layer(layer, x, cos, sin, packed.nodes, keep)
         return rms_norm(x, inner.norm.weight, self.eps)
 
     def angles(self, positions: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
@@ -132,8 +135,18 @@ class Network:
         cos, sin = self.policy.network.model.rotary_emb(like[None, :0], position_ids=positions[None])
         return cos[0].unsqueeze(1), sin[0].unsqueeze(1)
 
-    def _layer(self, layer: Any, x: Tensor, cos: Tensor, sin: Tensor, nodes: tuple[Node, ...]) -> Tensor:
+    def _layer(
+        self,
+        layer: Any,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        nodes: tuple[Node, ...],
+        keep: list[tuple[Tensor, Tensor]] | None = None,
+    ) -> Tensor:
         q, k, v = self.queries_keys_values(layer, x, cos, sin)
+        if keep is not None:
+            keep.append((k, v))
         attended = tree_attention(q, k, v, nodes, self.scale)
         return self.after_attention(layer, x, attended)
 

@@ -44,6 +44,7 @@ class Packed:
         targets: ``(scored,)`` ids of the scored tokens.
         lengths: scored tokens of each row.
         last: ``(rows,)`` index of each row's last token (with ``whole``, of the whole row).
+        places: per row, the index of each of its tokens.
         rows_tokens: tokens that the rows have one by one.
     """
 
@@ -54,6 +55,7 @@ class Packed:
     targets: Tensor
     lengths: tuple[int, ...]
     last: Tensor
+    places: tuple[Tensor, ...]
     rows_tokens: int
 
     def __len__(self) -> int:
@@ -84,6 +86,7 @@ def pack(rows: Sequence[Rendered], *, share: bool = True, whole: bool = False) -
         targets=torch.tensor([row.ids[place] for row in rows for place in row.scored], dtype=torch.long),
         lengths=tuple(len(row.scored) for row in rows),
         last=torch.tensor([int(place[-1]) for place in places]),
+        places=tuple(map(torch.from_numpy, places)),
         rows_tokens=sum(lengths),
     )
 

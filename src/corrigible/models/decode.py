@@ -1,0 +1,399 @@
+"""One token for many sequences at a time: the network of :mod:`corrigible.models.network` for sampling.
+
+What makes it quick on a CPU: the projections that read the same input are one matrix (adapters
+included), laid out once the way the matrix library wants it; the keys and values of a prompt are held
+once for all its answers; and what changes from token to token is written in place. Lengths are rounded
+up so that the library meets few different shapes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from corrigible.models.network import Network
+from corrigible.models.packing import pack
+from corrigible.models.renderer import Rendered
+
+if TYPE_CHECKING:
+    from corrigible.models.policy import LanguagePolicy
+
+ROUND = 32
+"""Lengths of caches are multiples of this."""
+
+
+class FusedLinear:
+    """Several linear layers of one input as one product, with their adapters.
+
+    The rows of the matrix are the layers' own, then the adapters' first factors; the second factors
+    are a block-diagonal matrix, applied to what the first give.
+    """
+
+    def __init__(self, modules: Sequence[Any], dtype: torch.dtype) -> None:
+        weights, biases, downs, ups = [], [], [], []
+        self.width = 0
+        for module in modules:
+            base = getattr(module, "base_layer", module)
+            weight = base.weight.detach()
+            if getattr(module, "merged", False) and module.disable_adapters:
+                module.unmerge()
+                weight = base.weight.detach()
+            weights.append(weight)
+            bias = base.bias
+            biases.append(torch.zeros(len(weight), dtype=dtype) if bias is None else bias.detach())
+            if not isinstance(module, nn.Linear) and not (module.disable_adapters or module.merged):
+                for name in module.active_adapters:
+                    if name in module.lora_A:
+                        downs.append(module.lora_A[name].weight.detach().to(dtype))
+                        up = module.lora_B[name].weight.detach() * module.scaling[name]
+                        ups.append((self.width, up.to(dtype)))
+            self.width += len(weight)
+        bias = torch.cat([value.to(dtype) for value in biases])
+        rank = sum(map(len, downs))
+        self.up: Tensor | None = None
+        if rank:
+            self.up = weights[0].new_zeros(rank, self.width)
+            row = 0
+            for start, up in ups:
+                self.up[row : row + up.shape[1], start : start + len(up)] = up.T
+                row += up.shape[1]
+            bias = torch.cat([bias, bias.new_zeros(rank)])
+        self.bias = bias if bool(bias.any()) else None
+        self.weight = torch.cat([*weights, *downs]) if len(weights) + len(downs) > 1 else weights[0]
+        self.packed: Tensor | None = None
+        if self.weight.device.type == "cpu" and hasattr(torch.ops.mkldnn, "_reorder_linear_weight"):
+            self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight, ROUND)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """``(n, in)`` to ``(n, all outs)``."""
+        if self.packed is not None:
+            out: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
+        else:
+            out = nn.functional.linear(x, self.weight, self.bias)
+        if self.up is None:
+            return out
+        return torch.addmm(out[:, : self.width], out[:, self.width :], self.up)
+
+
+@dataclass(slots=True)
+class _Layer:
+    """A layer's weights, fused, and its norms."""
+
+    qkv: FusedLinear
+    out: FusedLinear
+    gate_up: FusedLinear
+    down: FusedLinear
+    before: Tensor
+    after: Tensor
+    q_norm: Tensor | None
+    k_norm: Tensor | None
+
+
+@dataclass(slots=True)
+class _Slot:
+    """A running sequence: the prompt it continues, its row in the caches, and tokens after the prompt."""
+
+    prompt: int
+    row: int
+    length: int = 0
+
+
+@dataclass(slots=True)
+class _Prompt:
+    """A prompt's keys and values, ``(layers, 2, key heads, tokens, size)``, and who still needs them."""
+
+    cache: Tensor
+    slots: set[int] = field(default_factory=set)
+
+    def __len__(self) -> int:
+        return int(self.cache.shape[3])
+
+
+class NetworkDecode:
+    """Prefill and decode steps of a policy, with its weights as they were at the last :meth:`refresh`.
+
+    Args:
+        policy: the model; :func:`Network.of` must accept it.
+        network: its network.
+    """
+
+    def __init__(self, policy: LanguagePolicy, network: Network) -> None:
+        self.policy, self.network = policy, network
+        self.slots: dict[int, _Slot] = {}
+        self.order: list[int] = []
+        self.prompts: dict[int, _Prompt] = {}
+        self.next_prompt = 0
+        self.capacity = 0
+        self.own: Tensor | None = None
+        self.shared: _Shared | None = None
+        self.refresh()
+
+    # -- weights ------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def refresh(self) -> None:
+        """Take the policy's weights as they are now. Running sequences keep their caches."""
+        network, dtype = self.policy.network, self.policy.dtype
+        self.layers = []
+        for layer in self.network.layers:
+            attention, mlp = layer.self_attn, layer.mlp
+            normed = hasattr(attention, "q_norm")
+            self.layers.append(
+                _Layer(
+                    qkv=FusedLinear([attention.q_proj, attention.k_proj, attention.v_proj], dtype),
+                    out=FusedLinear([attention.o_proj], dtype),
+                    gate_up=FusedLinear([mlp.gate_proj, mlp.up_proj], dtype),
+                    down=FusedLinear([mlp.down_proj], dtype),
+                    before=layer.input_layernorm.weight.detach().clone(),
+                    after=layer.post_attention_layernorm.weight.detach().clone(),
+                    q_norm=attention.q_norm.weight.detach().clone() if normed else None,
+                    k_norm=attention.k_norm.weight.detach().clone() if normed else None,
+                )
+            )
+        self.norm = network.model.norm.weight.detach().clone()
+        self.embedding = network.model.embed_tokens.weight.detach()
+        self.head = FusedLinear([network.get_output_embeddings()], dtype)
+        self.shared = None
+
+    # -- sequences ----------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def prefill(self, prompts: Sequence[Sequence[int]], slots: Sequence[Sequence[int]]) -> Tensor:
+        """Read prompts, each for the slots that will continue it.
+
+        Returns:
+            Logits ``(n prompts, vocabulary)`` after each prompt.
+        """
+        rows = [Rendered.from_tokens(prompt, ()) for prompt in prompts]
+        packed = pack(rows, whole=True)
+        kept: list[tuple[Tensor, Tensor]] = []
+        states = self.network.hidden(packed, keep=kept)
+        for places, members in zip(packed.places, slots, strict=True):
+            cache = torch.stack([torch.stack([x[places].transpose(0, 1) for x in pair]) for pair in kept])
+            number, self.next_prompt = self.next_prompt, self.next_prompt + 1
+            self.prompts[number] = _Prompt(cache, set(members))
+            for slot in members:
+                self.slots[slot] = _Slot(number, len(self.order))
+                self.order.append(slot)
+        self.shared = None
+        self._grow()
+        return self.head(states.index_select(0, packed.last))
+
+    @torch.inference_mode()
+    def free(self, slot: int) -> None:
+        """Forget a sequence; the last row of the caches takes its place."""
+        gone = self.slots.pop(slot)
+        prompt = self.prompts[gone.prompt]
+        prompt.slots.discard(slot)
+        if not prompt.slots:
+            del self.prompts[gone.prompt]
+        last = self.order.pop()
+        if last != slot:
+            moved = self.slots[last]
+            assert self.own is not None
+            if moved.length:
+                used = slice(0, moved.length)
+                self.own[:, :, gone.row, :, used] = self.own[:, :, moved.row, :, used]
+            moved.row = gone.row
+            self.order[gone.row] = last
+        self.shared = None
+
+    @torch.inference_mode()
+    def decode(self, slots: Sequence[int], tokens: Sequence[int]) -> Tensor:
+        """Append one token to each of these slots, which must be all that are there.
+
+        Returns:
+            Logits ``(n, vocabulary)``, in the order of ``slots``.
+        """
+        rows = [self.slots[slot] for slot in slots]
+        assert len(rows) == len(self.order), "every running sequence takes part in a step"
+        place = torch.tensor([row.row for row in rows])
+        ids = torch.empty(len(rows), dtype=torch.long)
+        ids[place] = torch.as_tensor(tokens)
+        if max(row.length for row in rows) + 1 > self.capacity:
+            self._grow()
+        if self.shared is None:
+            self.shared = _Shared(self)
+        logits = self._step(ids)
+        for row in rows:
+            row.length += 1
+        return logits if place.tolist() == list(range(len(rows))) else logits[place]
+
+    # -- the step -----------------------------------------------------------------------------
+
+    def _step(self, ids: Tensor) -> Tensor:
+        shared, network, own = self.shared, self.network, self.own
+        assert shared is not None and own is not None
+        count = len(ids)
+        device = self.policy.device
+        lengths = torch.tensor([self.slots[slot].length for slot in self.order])
+        rows = torch.arange(count, device=device)
+        x = nn.functional.embedding(ids.to(device), self.embedding)
+        cos, sin = network.angles((shared.prompt_lengths + lengths).to(device), x)
+        span = _rounded(int(lengths.max()) + 1)
+        hidden = torch.arange(span)[None] > lengths[:, None]
+        mask = torch.zeros(count, 1, 1, shared.width + span)
+        mask[..., : shared.width] = shared.mask
+        mask[..., shared.width :].masked_fill_(hidden[:, None, None], float("-inf"))
+        mask = mask.to(device)
+        lengths = lengths.to(device)
+        groups = network.heads // network.key_heads
+        widths = [network.heads * network.size] + [network.key_heads * network.size] * 2
+        for number, layer in enumerate(self.layers):
+            normed = _norm(x, layer.before, network.eps)
+            q, k, v = layer.qkv(normed).split(widths, dim=-1)
+            q, k = q.view(count, -1, network.size), k.view(count, -1, network.size)
+            if layer.q_norm is not None and layer.k_norm is not None:
+                q, k = _norm(q, layer.q_norm, network.eps), _norm(k, layer.k_norm, network.eps)
+            q, k = _rotated(q, cos, sin), _rotated(k, cos, sin)
+            keys, values = own[number, 0], own[number, 1]
+            keys[rows, :, lengths] = k
+            values[rows, :, lengths] = v.view(count, -1, network.size)
+            q = q.view(count, network.key_heads, groups, network.size)
+            attended = shared.attend(number, q, keys[:count, :, :span], values[:count, :, :span], mask)
+            x = x + layer.out(attended.view(count, -1))
+            normed = _norm(x, layer.after, network.eps)
+            gate, up = layer.gate_up(normed).chunk(2, dim=-1)
+            x = x + layer.down(nn.functional.silu(gate).mul_(up))
+        return self.head(_norm(x, self.norm, network.eps))
+
+    def _grow(self) -> None:
+        """Make room for every running sequence and one more token in each."""
+        network = self.network
+        longest = max((slot.length for slot in self.slots.values()), default=0)
+        rows = len(self.order)
+        if self.own is not None and self.own.shape[2] >= rows and self.capacity > longest:
+            return
+        most = max(rows, 0 if self.own is None else self.own.shape[2])
+        capacity = max(self.capacity, _rounded(longest + 2 * ROUND))
+        new = torch.zeros(
+            len(self.layers),
+            2,
+            most,
+            network.key_heads,
+            capacity,
+            network.size,
+            dtype=self.policy.dtype,
+            device=self.policy.device,
+        )
+        if self.own is not None:
+            new[:, :, : self.own.shape[2], :, : self.capacity] = self.own
+        self.own, self.capacity = new, capacity
+
+
+class _Shared:
+    """The prompts of all running sequences side by side, as long as nobody comes or goes.
+
+    Sequences of one prompt form a line of a grid ``(prompts, most answers)``, so that a prompt's keys
+    are read once for all its answers.
+    """
+
+    def __init__(self, decode: NetworkDecode) -> None:
+        network, dtype, device = decode.network, decode.policy.dtype, decode.policy.device
+        slots = [decode.slots[slot] for slot in decode.order]
+        numbers = list(dict.fromkeys(slot.prompt for slot in slots))
+        line = {number: index for index, number in enumerate(numbers)}
+        members: list[list[int]] = [[] for _ in numbers]
+        for row, slot in enumerate(slots):
+            members[line[slot.prompt]].append(row)
+        self.lines, self.most = len(numbers), max(map(len, members))
+        lengths = [len(decode.prompts[number]) for number in numbers]
+        self.width = _rounded(max(lengths))
+        self.cache = torch.zeros(
+            len(decode.layers),
+            2,
+            self.lines * network.key_heads,
+            self.width,
+            network.size,
+            dtype=dtype,
+            device=device,
+        )
+        grouped = self.cache.view(
+            len(decode.layers), 2, self.lines, network.key_heads, self.width, network.size
+        )
+        for index, number in enumerate(numbers):
+            grouped[:, :, index, :, : lengths[index]] = decode.prompts[number].cache
+        self.prompt_lengths = torch.tensor([lengths[line[slot.prompt]] for slot in slots])
+        self.mask = torch.zeros(len(slots), 1, 1, self.width)
+        beyond = torch.arange(self.width)[None] >= self.prompt_lengths[:, None]
+        self.mask.masked_fill_(beyond[:, None, None], float("-inf"))
+        # Where each row stands in the grid, and which row stands at each place of it (0 where none does).
+        grid = torch.zeros(self.lines, self.most, dtype=torch.long)
+        where = torch.zeros(len(slots), dtype=torch.long)
+        for index, rows in enumerate(members):
+            for column, row in enumerate(rows):
+                grid[index, column] = row
+                where[row] = index * self.most + column
+        self.plain = self.most == 1
+        self.grid, self.where = grid.view(-1).to(device), where.to(device)
+        self.scale = network.scale
+
+    def attend(self, layer: int, q: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
+        """Attention of one new token a row over its prompt and over its own tokens.
+
+        Args:
+            q: ``(n, key heads, groups, size)``.
+            keys, values: ``(n, key heads, span, size)``, the rows' own.
+            mask: ``(n, 1, 1, width + span)`` float32, added to the scores.
+
+        Returns:
+            ``(n, key heads, groups, size)``.
+        """
+        count, heads, groups, size = q.shape
+        q = q * self.scale
+        own = torch.bmm(
+            q.reshape(count * heads, groups, size), keys.reshape(count * heads, -1, size).transpose(1, 2)
+        )
+        both = torch.empty(count, heads, groups, mask.shape[-1], dtype=torch.float32, device=q.device)
+        both[..., self.width :] = own.view(count, heads, groups, -1)
+        both[..., : self.width] = self._prompt_scores(layer, q)
+        weights = torch.softmax(both.add_(mask), dim=-1).to(q.dtype)
+        on_prompt, on_own = weights[..., : self.width], weights[..., self.width :]
+        out = torch.bmm(
+            on_own.reshape(count * heads, groups, -1), values.reshape(count * heads, -1, size)
+        ).view(count, heads, groups, size)
+        return out + self._prompt_values(layer, on_prompt)
+
+    def _prompt_scores(self, layer: int, q: Tensor) -> Tensor:
+        count, heads, groups, size = q.shape
+        keys = self.cache[layer, 0].transpose(1, 2)
+        if self.plain:
+            return torch.bmm(q.reshape(count * heads, groups, size), keys).view(count, heads, groups, -1)
+        spread = q.index_select(0, self.grid).view(self.lines, self.most, heads, groups, size)
+        spread = spread.transpose(1, 2).reshape(self.lines * heads, self.most * groups, size)
+        scores = torch.bmm(spread, keys).view(self.lines, heads, self.most, groups, -1)
+        return scores.transpose(1, 2).reshape(-1, heads, groups, self.width).index_select(0, self.where)
+
+    def _prompt_values(self, layer: int, weights: Tensor) -> Tensor:
+        count, heads, groups, _ = weights.shape
+        values = self.cache[layer, 1]
+        if self.plain:
+            return torch.bmm(weights.reshape(count * heads, groups, -1), values).view(
+                count, heads, groups, -1
+            )
+        spread = weights.index_select(0, self.grid).view(self.lines, self.most, heads, groups, -1)
+        spread = spread.transpose(1, 2).reshape(self.lines * heads, self.most * groups, -1)
+        out = torch.bmm(spread, values).view(self.lines, heads, self.most, groups, -1)
+        return (
+            out.transpose(1, 2).reshape(self.lines * self.most, heads, groups, -1).index_select(0, self.where)
+        )
+
+
+def _rounded(length: int) -> int:
+    return -(-length // ROUND) * ROUND
+
+
+def _norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    wide = x.float()
+    scale = torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + eps)
+    return (wide * scale).to(x.dtype) * weight
+
+
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    half = x.shape[-1] // 2
+    turned = torch.cat((-x[..., half:], x[..., :half]), dim=-1)
+    return torch.addcmul(x * cos, turned, sin)
