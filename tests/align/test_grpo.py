@@ -21,6 +21,7 @@ from corrigible.align import (
     Trainer,
     group_examples,
     grpo_loss,
+    reference_logprobs,
 )
 from corrigible.align.grpo import BatchTotals
 from corrigible.errors import BadInputError, NumericsError
@@ -401,3 +402,21 @@ def test_the_kl_penalty_is_0_at_the_reference(policy: LanguagePolicy, tmp_path: 
     result = trainer.train()
     first = json.loads(result.history.read_text().splitlines()[0])
     assert first["kl"] == pytest.approx(0.0, abs=1e-8) and result.metrics["kl"] > 1e-5
+
+
+def test_the_reference_is_scored_at_the_policys_temperature(policy: LanguagePolicy, tmp_path: Path) -> None:
+    """Policy and reference are the same weights: at one temperature their divergence is 0."""
+    sampling = Sampling(max_tokens=10, n=4, temperature=0.6)
+    trainer = Trainer(
+        policy,
+        ALGORITHMS["grpo"],
+        GroupSource(*sampled(policy, sampling), sampling=sampling),
+        TrainConfig(steps=1, batch_size=4),
+        algorithm_config=GRPOConfig(beta=0.1, temperature=0.6),
+        out=tmp_path,
+    )
+    assert trainer.train().metrics["kl"] == pytest.approx(0.0, abs=1e-8)
+    # What is kept is not taken for log-probs at another temperature.
+    plain = reference_logprobs(policy, trainer.source.examples, cache=tmp_path / "reference.safetensors")
+    assert trainer.reference is not None
+    assert not any(torch.allclose(plain[key], trainer.reference[key], atol=1e-2) for key in plain)

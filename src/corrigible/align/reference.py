@@ -73,6 +73,7 @@ def reference_logprobs(
     cache: Path | None = None,
     behaviour_weights: Mapping[str, str] | None = None,
     share_prompts: bool = True,
+    temperature: float = 1.0,
     check_stop: Callable[[], None] = lambda: None,
 ) -> ReferenceLogprobs:
     """Log-probs of every row of ``examples`` under the reference, each distinct row once.
@@ -87,6 +88,7 @@ def reference_logprobs(
         behaviour_weights: sha256 of the weights of policy versions, by id. A row sampled by a
             version whose weights are exactly the reference's takes its recorded log-probs.
         share_prompts: compute a prompt once for all its responses, where the model allows it.
+        temperature: of the distribution that the log-probs belong to.
         check_stop: called between forward passes; may raise. What is done by then is kept in ``cache``.
 
     Raises:
@@ -96,8 +98,11 @@ def reference_logprobs(
     examples = list(examples)
     rows = {row_key(row): row for example in examples for row in example.rows}
     weights = reference_weights(policy, mode)
-    known = _recorded(examples, weights, behaviour_weights or {})
+    # Log-probs are recorded at temperature 1.
+    known = _recorded(examples, weights, behaviour_weights or {}) if temperature == 1.0 else {}
     recorded = len(known)
+    if temperature != 1.0:
+        weights = f"{weights} at temperature {temperature!r}"
     todo = {key: row for key, row in rows.items() if key not in known}
     if cache is not None:
         known |= _read_cache(cache, weights)
@@ -117,7 +122,7 @@ def reference_logprobs(
                 # uninterrupted one only if its batches are the same.
                 if not all(key in known for key in keys):
                     check_stop()
-                    scores = score([[todo[key] for key in groups[i]] for i in batch])
+                    scores = score([[todo[key] for key in groups[i]] for i in batch], temperature=temperature)
                     for key, values in zip(keys, scores, strict=True):
                         known[key] = values.detach().to("cpu", torch.float32)
                 done += len(keys)

@@ -31,6 +31,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from corrigible.align.attribution import Ledger
 from corrigible.align.checkpoint import Checkpoint, load_latest, save_checkpoint
 from corrigible.align.config import TrainConfig, learning_rate
 from corrigible.align.interrupts import Stopped, stop_signals
@@ -42,7 +43,8 @@ from corrigible.align.reference import (
 from corrigible.align.registry import Algorithm, AlgorithmConfig, ScoredExamples
 from corrigible.align.shared_prompt import RowScorer
 from corrigible.align.sources import Example, Separable, Source, row_key
-from corrigible.errors import BadInputError, Interrupted, NumericsError
+from corrigible.align.watch import Held, Watch, alarm, check_examples
+from corrigible.errors import BadInputError, Interrupted
 from corrigible.events import Alert, Artefact, EventBus, Message, Metric, Progress, current_bus, emit, use_bus
 from corrigible.files import storage_errors, write_atomically
 from corrigible.models import LanguagePolicy, Rendered
@@ -96,6 +98,8 @@ class Trainer:
         reference_policy: hold the policy near this one instead of near its own start.
         behaviour_weights: sha256 of the weights of policy versions by id, to take log-probs that
             were recorded at sampling for reference log-probs when the weights are the same.
+        ledger: where every row's tokens come from; with it each step reports why the policy and
+            whoever sampled them disagree (:mod:`corrigible.align.attribution`).
         resume_hint: what to tell the user who interrupted the run.
         bus: where events go; the current bus when absent.
 
@@ -116,6 +120,7 @@ class Trainer:
         held_out: Source | None = None,
         reference_policy: LanguagePolicy | None = None,
         behaviour_weights: Mapping[str, str] | None = None,
+        ledger: Ledger | None = None,
         resume_hint: str = "Run it again with resume=True to go on from there.",
         bus: EventBus | None = None,
     ) -> None:
@@ -128,6 +133,7 @@ class Trainer:
         self.held_out = held_out
         self.reference_policy = reference_policy
         self.behaviour_weights = behaviour_weights
+        self.ledger = ledger
         self.resume_hint = resume_hint
         self.bus = bus or current_bus()
         self.reference: ReferenceLogprobs | None = None
@@ -158,6 +164,8 @@ class Trainer:
             eps=self.config.eps,
             weight_decay=self.config.weight_decay,
         )
+        self.watch = Watch(policy, self.parameters, self.masters)
+        self._scored: list[tuple[Rendered, Tensor]] = []
         self._stop: Callable[[], None] = lambda: None
 
     @property
@@ -193,6 +201,7 @@ class Trainer:
             identity = self._identity(start_sha)
             if checkpoint is not None:
                 _check_identity(checkpoint.state["identity"], identity)
+            check_examples(self.source.examples, self.policy.end_ids)
             # The policy still is the one that the run began with, also on resume: the checkpoint is
             # loaded only after the reference pass.
             self._prepare_reference()
@@ -218,7 +227,7 @@ class Trainer:
             save_checkpoint(folder, step, *self._state(identity))
             end_sha = self.policy.weights_sha256()
             if end_sha == start_sha:
-                _alarm(
+                alarm(
                     "weights_unchanged",
                     "training ended with exactly the weights it began with.",
                     "The learning rate may be below the weights' precision.",
@@ -252,13 +261,17 @@ class Trainer:
         for batch in micro_batches(sizes, self.config.micro_batch_tokens):
             self._stop()
             chosen = [parts[i] for i in batch]
+            rows = [row for part in chosen for row in part.rows]
             scores = self._logprobs([part.rows for part in chosen], grad=True)
-            reference = self._reference_of([row for part in chosen for row in part.rows])
+            reference = self._reference_of(rows)
+            self.watch.micro_batch(chosen, scores, reference)
+            if self.ledger is not None:
+                self._scored += ((row, score.detach()) for row, score in zip(rows, scores, strict=True))
             output = self.algorithm.objective(
                 ScoredExamples(chosen, scores, reference, denominator, whole), self.algorithm_config
             )
             if not bool(torch.isfinite(output.loss.detach()).all()):
-                _alarm(
+                alarm(
                     "loss_not_finite",
                     f"the loss is {float(output.loss.detach())}.",
                     "Lower the learning rate.",
@@ -266,7 +279,22 @@ class Trainer:
             output.loss.backward()  # type: ignore[no-untyped-call]
             for name, value in output.metrics.items():
                 metrics[name] = metrics.get(name, 0.0) + value
+        self.watch.end_batch(self.algorithm, self.algorithm_config, examples, whole, self._held())
         return metrics
+
+    def _held(self) -> Held:
+        if self.reference is None:
+            return "nothing"
+        return "other" if self.reference_policy is not None else self.config.reference
+
+    def _attribute(self, step: int) -> dict[str, float]:
+        """Metrics of :attr:`ledger` on what was just scored; their intervals go out as events."""
+        if self.ledger is None:
+            return {}
+        found = self.ledger.attribute(*zip(*self._scored, strict=True))
+        for event in found.events(step + 1):
+            emit(event)
+        return found.metrics()
 
     def _measure(self, examples: Sequence[Example], denominator: float) -> Any:
         """What the algorithm wants to know of the whole batch before its first micro-batch."""
@@ -291,10 +319,7 @@ class Trainer:
 
     def _logprobs(self, groups: Sequence[Sequence[Rendered]], *, grad: bool) -> list[Tensor]:
         """Log-probs of every row's scored tokens at the temperature that the algorithm wants."""
-        temperature = self.algorithm_config.scored_at
-        options: dict[str, Any] = {} if temperature == 1.0 else {"temperature": temperature}
-        with torch.set_grad_enabled(grad):
-            return self._scorer()(groups, grad=grad, **options)
+        return self._scorer()(groups, grad=grad, temperature=self.algorithm_config.scored_at)
 
     def _reference_of(self, rows: Sequence[Rendered]) -> list[Tensor] | None:
         if self.reference is None:
@@ -320,22 +345,23 @@ class Trainer:
         examples = self.source.batch(step, self.config.batch_size)
         self.policy.model.eval()
         self._clear_gradients()
+        self._scored.clear()
+        self.watch.begin(step)
         metrics = self.accumulate(examples)
-        if step == 0:
-            self._check_start(metrics)
+        metrics |= self._attribute(step)
         for name, parameter in self.parameters.items():
             master = self.masters[name]
             if master is not parameter and parameter.grad is not None:
                 master.grad = parameter.grad.float()
         norm = float(nn.utils.clip_grad_norm_(self.masters.values(), self.config.max_grad_norm))
         if not math.isfinite(norm):
-            _alarm(
+            alarm(
                 "gradient_not_finite",
                 f"the gradient's norm is {norm} at step {step + 1}.",
                 "Lower the learning rate.",
             )
         if norm == 0.0 and metrics.get("grad_weight", 1.0) > 0.0:
-            _alarm(
+            alarm(
                 "gradient_zero",
                 f"no gradient reached the trainable parameters at step {step + 1}.",
                 "Check that they take part in the forward pass (an adapter that is disabled?).",
@@ -343,7 +369,9 @@ class Trainer:
         rate = learning_rate(step, self.total_steps, self.config)
         for group in self.optimiser.param_groups:
             group["lr"] = rate
+        self.watch.before_update()
         self.optimiser.step()
+        self.watch.after_update(rate)
         for name, parameter in self.parameters.items():
             if self.masters[name] is not parameter:
                 with torch.no_grad():
@@ -395,12 +423,6 @@ class Trainer:
     def _prepare_reference(self) -> None:
         if not (self.algorithm.needs_reference and self.algorithm_config.uses_reference):
             return
-        if self.algorithm_config.scored_at != 1.0:
-            raise BadInputError(
-                "The reference is scored at temperature 1, the policy at "
-                f"{self.algorithm_config.scored_at}: their difference would mean nothing.",
-                advice="Sample at temperature 1, or do without the KL penalty (beta=0).",
-            )
         policy = self.reference_policy or self.policy
         probes = _Rows(tuple(self._all_probes()))
         _check_rows(probes.rows, self.policy, self.reference_policy)
@@ -413,6 +435,7 @@ class Trainer:
                 cache=self.out / "reference.safetensors",
                 behaviour_weights=self.behaviour_weights,
                 share_prompts=self.config.share_prompts,
+                temperature=self.algorithm_config.scored_at,
                 check_stop=self._stop,
             )
         except Stopped as stopped:
@@ -426,20 +449,6 @@ class Trainer:
         if self.algorithm.probes is not None:
             for step in range(self.total_steps):
                 yield from self.algorithm.probes(self.source.batch(step, self.config.batch_size))
-
-    def _check_start(self, metrics: Mapping[str, float]) -> None:
-        """Before the first update the policy is its own reference: every log-ratio must be about 0."""
-        if self.reference is None or self.reference_policy is not None or self.config.reference != "start":
-            return
-        sides = ("chosen", "rejected", "desirable", "undesirable")
-        gap = max(abs(metrics.get(f"rewards/{side}", 0.0)) for side in sides)
-        tolerance = 0.05 if self.policy.dtype == torch.float32 else 1.0
-        if gap > tolerance:
-            _alarm(
-                "reference_mismatch",
-                f"the policy is not its own reference before the first step (reward {gap:.3g}).",
-                "The reference is of other weights or other tokens; remove reference.safetensors.",
-            )
 
     def _state(self, identity: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
         tensors: dict[str, Tensor] = {"rng": torch.get_rng_state()}
@@ -510,11 +519,6 @@ class Trainer:
             f"Interrupted after step {step} of {self.total_steps}; a checkpoint is saved in {self.out}.",
             advice=self.resume_hint,
         )
-
-
-def _alarm(name: str, message: str, advice: str) -> None:
-    emit(Alert(name=name, message=message))
-    raise NumericsError(f"{name}: {message}", advice=f"{advice} The last checkpoint is intact.")
 
 
 def _check_vocabulary(
