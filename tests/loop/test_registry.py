@@ -118,3 +118,33 @@ def test_a_narrow_terminal_shows_whole_ids_and_the_win_rate(registry):
     assert shown.exit_code == 0, shown.output
     assert first.id in shown.stdout and "0.60 to 0.80" in shown.stdout
     assert f"* {first.name}" in shown.stdout
+
+
+def test_versions_of_one_name_are_told_apart(registry):
+    import json
+
+    first, alone = registry.register(version("twin", created_at=1)), registry.register(version("alone"))
+    second = registry.register(version("twin", created_at=2))
+    store = ["--store", registry.store.url]
+    assert registry.namesakes(second) == [first.id] and registry.namesakes(alone) == []
+
+    shown = CliRunner().invoke(app, ["policies", *store])
+    assert (
+        "twin (1 of 2)" in shown.stdout and "twin (2 of 2)" in shown.stdout and "alone (" not in shown.stdout
+    )
+    assert f"2 versions are called twin: the name means the newest, {second.id}" in shown.stderr
+    listed = json.loads(CliRunner().invoke(app, ["policies", "--json", *store]).stdout)["policies"]
+    assert {p["id"]: p["same_name"] for p in listed} == {
+        first.id: [second.id],
+        second.id: [first.id],
+        alone.id: [],
+    }
+
+    promote = ["promote", "--reason", "r", *store]
+    taken = CliRunner().invoke(app, [*promote, "twin"])
+    assert second.id in taken.stdout and f"({first.id}): the newest was taken" in taken.stderr
+    assert registry.current() == second
+    by_id = CliRunner().invoke(app, [*promote, first.id])
+    assert first.id in by_id.stdout and by_id.stderr == "" and registry.current() == first
+    told = json.loads(CliRunner().invoke(app, [*promote, "twin", "--json"]).stdout)
+    assert told == {"promoted": second.id, "name": "twin", "same_name": [first.id]}

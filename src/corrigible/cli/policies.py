@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.tree import Tree
 
-from corrigible.cli.console import Json, StoreUrl, console, examples, print_json
+from corrigible.cli.console import Json, StoreUrl, console, examples, print_json, print_warning
 from corrigible.errors import BadInputError
 
 if TYPE_CHECKING:
@@ -40,17 +40,29 @@ def register(app: typer.Typer) -> None:
 
 
 def policies(store: StoreUrl = "corrigible.db", json: Json = False) -> None:
-    """List the policy versions of a store, with status and win rate; * marks the current one."""
+    """List the policy versions of a store, with status and win rate; * marks the current one.
+
+    Where several versions have one name, each is numbered, and the name alone means the newest.
+    """
     from corrigible.loop.registry import Registry
     from corrigible.store import Store
 
     with Store.open(store, create=False) as opened:
         states = Registry(opened).states()
+    by_name: dict[str, list[str]] = {}
+    for state in states:
+        by_name.setdefault(state.version.name, []).append(state.version.id)
     if json:
         print_json(
             {
                 "policies": [
-                    {**s.version.to_json(), "status": s.status, "current": s.current, "detail": s.detail}
+                    {
+                        **s.version.to_json(),
+                        "status": s.status,
+                        "current": s.current,
+                        "detail": s.detail,
+                        "same_name": [one for one in by_name[s.version.name] if one != s.version.id],
+                    }
                     for s in states
                 ]
             }
@@ -69,13 +81,18 @@ def policies(store: StoreUrl = "corrigible.db", json: Json = False) -> None:
         created = datetime.fromtimestamp(version.created_at / 1e6, UTC).strftime("%Y-%m-%d")
         colour = _COLOURS.get(state.status, "default")
         judgements = f"\n{version.trained_on.feedback} judgements" if version.trained_on else ""
+        ids = by_name[version.name]
+        which = f" [yellow]({ids.index(version.id) + 1} of {len(ids)})[/]" if len(ids) > 1 else ""
         table.add_row(
-            f"{'*' if state.current else ' '} [bold]{escape(version.name)}[/]\n  {version.id}",
+            f"{'*' if state.current else ' '} [bold]{escape(version.name)}[/]{which}\n  {version.id}",
             f"[{colour}]{state.status}[/]\n[dim]{created}[/]",
             _win_rate(state.detail.get("evaluation")),
             escape(f"{version.algorithm or version.base_model}{judgements}"),
         )
     console.print(table)
+    for name, ids in by_name.items():
+        if len(ids) > 1:
+            print_warning(f"{len(ids)} versions are called {name}: the name means the newest, {ids[-1]}")
 
 
 def _win_rate(evaluation: Any) -> str:
@@ -127,11 +144,16 @@ def promote(
     if not reason.strip():
         raise BadInputError("The reason is empty.", advice="Say why: it is kept with the promotion.")
     with Store.open(store, create=False) as opened:
-        version = Registry(opened).promote(policy, by=by or _user(), reason=reason, override=override)
+        registry = Registry(opened)
+        version = registry.promote(policy, by=by or _user(), reason=reason, override=override)
+        namesakes = registry.namesakes(version)
     if json:
-        print_json({"promoted": version.id, "name": version.name})
-    else:
-        console.print(f"[green]{escape(version.name)}[/] is now current.")
+        print_json({"promoted": version.id, "name": version.name, "same_name": namesakes})
+        return
+    console.print(f"[green]{escape(version.name)}[/] ({version.id}) is now current.")
+    if namesakes and policy == version.name:
+        others = "another version is" if len(namesakes) == 1 else f"{len(namesakes)} other versions are"
+        print_warning(f"{others} called {version.name}, too ({', '.join(namesakes)}): the newest was taken")
 
 
 def _user() -> str:

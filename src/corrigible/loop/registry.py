@@ -117,6 +117,10 @@ class Registry:
             )
         return found
 
+    def namesakes(self, version: PolicyVersion) -> list[str]:
+        """Ids of the other versions of the same name, oldest first: names need not be unique."""
+        return [p.id for p in self.store.policies() if p.name == version.name and p.id != version.id]
+
     def states(self) -> list[PolicyState]:
         """Every version in order of creation, with its status."""
         events: dict[str, list[Any]] = {}
