@@ -250,3 +250,5 @@ def _print_export(report: ExportReport) -> None:
         console.print(table)
     else:
         console.print("  nothing was lost")
+    if report.reimport:
+        console.print(f"  {report.reimport}")

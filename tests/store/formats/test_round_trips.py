@@ -317,6 +317,24 @@ def test_account_of_what_a_format_cannot_hold(store: Store, tmp_path: Path) -> N
     assert lost["annotator"] == lost["id"] == 2
 
 
+@pytest.mark.parametrize("format", sorted(EXPORTERS))
+def test_the_account_says_what_importing_it_again_will_do(store: Store, tmp_path: Path, format: str) -> None:
+    fill(store)
+    report = export_file(store, tmp_path / f"out.{format}", format=format, kind="comparison")
+    again = import_file(store, tmp_path / f"out.{format}", format=format)
+    assert again.added == (0 if "adds nothing" in report.reimport else report.written)
+    assert ("adds nothing" in report.reimport) == ("id" not in report.not_held), report.reimport
+    nothing = export_file(store, tmp_path / "none", format=format, annotator="nobody")
+    assert (nothing.written, nothing.reimport) == (0, "")
+
+
+def test_rows_as_they_once_came_in_are_known_again(store: Store, write: Write, tmp_path: Path) -> None:
+    import_file(store, write({"prompt": "q", "chosen": "a", "rejected": "b"}))
+    report = export_file(store, tmp_path / "out.jsonl", format="trl", options={"style": "plain"})
+    assert "but for rows that are word for word" in report.reimport
+    assert import_file(store, tmp_path / "out.jsonl").added == 0
+
+
 def test_wrong_exports_are_refused_and_leave_nothing(store: Store, tmp_path: Path) -> None:
     fill(store)
     for format, options, words in (

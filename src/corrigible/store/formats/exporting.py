@@ -46,7 +46,8 @@ _REGENERATED = frozenset(
 
 @dataclass(frozen=True)
 class ExportReport:
-    """What was written, and how many records lost which field (or could not be written at all)."""
+    """What was written, how many records lost which field (or could not be written at all), and what
+    importing it into the same store would do (``reimport``, a sentence for people)."""
 
     format: str
     path: str
@@ -54,6 +55,7 @@ class ExportReport:
     skipped: int
     not_held: dict[str, int] = field(default_factory=dict)
     seconds: float = 0.0
+    reimport: str = ""
 
 
 class ExportRun:
@@ -259,4 +261,17 @@ def export_file(
         run.skipped,
         dict(sorted(run.not_held.items())),
         round(time.perf_counter() - began, 3),
+        _reimport(run),
+    )
+
+
+def _reimport(run: ExportRun) -> str:
+    """What importing the file into the store it came from would do: it depends on whether ids are held."""
+    if not run.written:
+        return ""
+    if not run.not_held["id"]:
+        return "it holds every record's id: imported into this store again, it adds nothing"
+    return (
+        f"it does not hold the records' ids: imported into this store again, it adds the {run.written:,} "
+        "records a second time, but for rows that are word for word as they once came in"
     )
