@@ -46,7 +46,6 @@ from corrigible.models import LanguagePolicy, Rendered, load_policy
 from corrigible.models.scoring import Scorer
 from corrigible.rewards.losses import bradley_terry_loss
 
-
 Batches = Sequence[Sequence[Group]]
 
 

@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 from bench.pairs import Group, as_json, from_json, real_batches, synthetic_batches
 from safetensors.torch import load_file, save_file
+from transformers.utils import logging
 
 from corrigible.models import load_policy
 
@@ -87,6 +88,7 @@ def prepare(
     """
     prepared = Prepared(Path(folder).resolve())
     prepared.folder.mkdir(parents=True, exist_ok=True)
+    logging.disable_progress_bar()
     policy = load_policy(weights_of.model if weights_of else model, dtype="bfloat16", device="cpu")
     if weights_of is None:
         policy.save_full(prepared.model)

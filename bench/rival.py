@@ -392,6 +392,8 @@ def _same_start(model: Any, prepared: Prepared, training: Training) -> None:
         import peft
 
         adapter = load_file(prepared.adapter / "adapter_model.safetensors")
+        if training.algorithm == "reward":
+            adapter["base_model.model.score.weight"] = prepared.score()[None]
         peft.set_peft_model_state_dict(model, adapter)
     if training.algorithm == "reward":
         score = prepared.score()

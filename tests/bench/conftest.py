@@ -1,0 +1,8 @@
+"""The folder ``bench`` is no part of the package; the tests find it beside it."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
