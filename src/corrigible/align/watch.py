@@ -1,0 +1,416 @@
+"""What the trainer checks that no loss would show: the costliest mistakes raise nothing by themselves.
+
+Each check has a name, which is that of its :class:`~corrigible.events.Alert`, and stands in the
+catalogue of ``docs/guides/faults.md`` with the fault that it finds. What makes a step worthless stops
+the run (:func:`alarm`); what may be meant (old answers, the same pair twice) only says so. The checks
+read log-probs and single weights that are there anyway, so they cost a step next to nothing; those
+that could only ever fail from the start run in the first :data:`CLOSELY` steps.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Collection, Hashable, Mapping, Sequence
+from typing import Any, Literal, NoReturn
+
+import torch
+from torch import Tensor, nn
+
+from corrigible.align.groups import GroupExample
+from corrigible.align.registry import Algorithm, AlgorithmConfig, ScoredExamples
+from corrigible.align.sources import Example, row_key
+from corrigible.align.unpaired import UnpairedExample
+from corrigible.errors import BadInputError, NumericsError
+from corrigible.events import Alert, emit
+from corrigible.models import Generation, LanguagePolicy, Rendered, TokenKind
+from corrigible.records import FinishReason
+
+CLOSELY = 3
+"""Steps from the start of a run in which every check runs."""
+
+SAME = {torch.float32: 1e-5, torch.float64: 1e-9}
+"""Mean absolute difference per token, nats, below which log-probs can only be of the same weights."""
+
+CUT_TOLERANCE = 1e-4
+"""How far the gradient on the log-probs may depend on how a batch is cut, relative to its length."""
+
+REFERENCE_GAP = {torch.float32: 1e-3, torch.float64: 1e-6}
+"""Mean absolute difference per token, nats, above which a row's reference is not the policy itself."""
+
+BEHAVIOUR_GAP = {torch.float32: 2e-3, torch.float64: 1e-6}
+"""The same for a batch of answers and the log-probs that were recorded when they were sampled."""
+
+LOW_PRECISION_GAP = 0.1
+"""Of bfloat16 and float16, where other kernels and batches explain a few hundredths of a nat."""
+
+SAMPLED_WEIGHTS = 1024
+"""Elements of each parameter that are looked at, evenly spread."""
+
+Held = Literal["start", "base", "other", "nothing"]
+"""What the frozen reference is: the policy's start, its base without adapter, another policy, or none."""
+
+
+def alarm(name: str, message: str, advice: str) -> NoReturn:
+    """An alert of that name, and the error that stops the run.
+
+    Raises:
+        NumericsError: always.
+    """
+    emit(Alert(name=name, message=message))
+    raise NumericsError(f"{name}: {message}", advice=f"{advice} The last checkpoint is intact.")
+
+
+# -- before the first step ------------------------------------------------------------------------
+
+
+def check_examples(examples: Sequence[Example], end_ids: Collection[int]) -> None:
+    """Look over a source's rows.
+
+    Args:
+        examples: of the whole run.
+        end_ids: ids that end the policy's turn.
+
+    Raises:
+        BadInputError: ``mask_of_ones``.
+
+    Alerts: ``end_of_turn_unscored``, ``duplicate_examples``.
+    """
+    rows = [row for example in examples for row in example.rows]
+    without_prompt = sum(len(row.scored) > 1 and row.scored[0] <= 1 and _scores_all(row) for row in rows)
+    if without_prompt:
+        emit(Alert(name="mask_of_ones", message=f"{without_prompt} rows have no prompt."))
+        raise BadInputError(
+            f"mask_of_ones: {without_prompt} of {len(rows)} rows have no prompt, every token is learnt from.",
+            advice="Render them with the policy's renderer, which knows whose turn each token is.",
+        )
+    endless = sum(_never_ends(row, end_ids) for row in rows)
+    if endless:
+        emit(
+            Alert(
+                name="end_of_turn_unscored",
+                message=f"In {endless} of {len(rows)} rows the end of the turn is not learnt from: the "
+                "policy would never learn to stop (was padding told by its id, which is the end of turn's?).",
+            )
+        )
+    extra = len(examples) - len(Counter(map(_identity, examples)))
+    if extra:
+        emit(
+            Alert(
+                name="duplicate_examples",
+                message=f"{extra} of {len(examples)} examples are there already: they count twice.",
+            )
+        )
+
+
+def _scores_all(row: Rendered) -> bool:
+    return len(row.scored) == len(row) - row.scored[0]
+
+
+def _never_ends(row: Rendered, end_ids: Collection[int]) -> bool:
+    """Whether a written answer lacks its end of turn, or an end of turn follows it that is not scored."""
+    if not row.scored:
+        return False
+    last = row.scored[-1]
+    if last + 1 < len(row) and row.ids[last + 1] in end_ids:
+        return True
+    return row.kinds[last] is TokenKind.NOT_SAMPLED and row.ids[last] not in end_ids
+
+
+def _identity(example: Example) -> Hashable:
+    """What makes two examples the same one: an answer may be judged good by several records."""
+    keys = tuple(row_key(row) for row in example.rows)
+    return (keys, example.derived_from) if isinstance(example, UnpairedExample) else keys
+
+
+def check_answers(
+    prompts: Sequence[Sequence[int]],
+    answers: Sequence[Sequence[Generation]],
+    *,
+    n: int,
+    end_ids: Collection[int] = (),
+) -> None:
+    """Hold sampled answers against what was asked for, before they are judged or learnt from.
+
+    Args:
+        prompts: ids of each prompt, generation header included.
+        answers: per prompt, what came back.
+        n: answers that were asked for per prompt.
+        end_ids: ids that end the policy's turn.
+
+    Raises:
+        BadInputError: ``prompt_skipped`` (a prompt without all its answers), ``prompt_mismatch`` (answers to
+            other tokens), ``behaviour_shape`` (not one log-prob per token) or ``finish_reason``
+            (an answer that was cut counts as ended, or the other way round).
+    """
+    if len(answers) != len(prompts):
+        raise BadInputError(
+            f"prompt_skipped: {len(prompts)} prompts, answers to {len(answers)}.",
+            advice="Sample again; a prompt that cannot be answered has answers with an error instead.",
+        )
+    for number, (prompt, group) in enumerate(zip(prompts, answers, strict=True)):
+        if len(group) != n:
+            raise BadInputError(f"prompt_skipped: prompt {number} has {len(group)} of {n} answers.")
+        for answer in group:
+            if answer.error is not None:
+                continue
+            if tuple(answer.prompt_ids) != tuple(prompt):
+                raise BadInputError(
+                    f"prompt_mismatch: an answer to prompt {number} was sampled after other tokens.",
+                    advice="Template or tokenizer differ between whoever samples and whoever trains.",
+                )
+            if not len(answer.ids) == len(answer.logprobs) == len(answer.sampling_logprobs):
+                raise BadInputError(
+                    f"behaviour_shape: an answer to prompt {number} has {len(answer.ids)} tokens, "
+                    f"{len(answer.logprobs)} plain and {len(answer.sampling_logprobs)} sampling log-probs."
+                )
+            ended = bool(answer.ids) and answer.ids[-1] in end_ids
+            if end_ids and ended != (answer.finish_reason is FinishReason.stop):
+                raise BadInputError(
+                    f"finish_reason: an answer to prompt {number} finished with '{answer.finish_reason}', "
+                    f"but its last token {'ends' if ended else 'does not end'} a turn.",
+                    advice="An answer that was cut must not be learnt from as if the policy had ended it.",
+                )
+
+
+# -- while training -------------------------------------------------------------------------------
+
+
+class Watch:
+    """Looks at every step of a run from the side.
+
+    Args:
+        policy: what is trained.
+        parameters: its trainable parameters by name, as the trainer knows them.
+        masters: what the optimiser works on, by the same names.
+    """
+
+    def __init__(
+        self,
+        policy: LanguagePolicy,
+        parameters: Mapping[str, nn.Parameter],
+        masters: Mapping[str, nn.Parameter],
+    ) -> None:
+        self.policy = policy
+        self.parameters = parameters
+        self.masters = masters
+        self._step = CLOSELY
+        self._batch: list[tuple[Example, Sequence[Tensor], Sequence[Tensor] | None]] = []
+        self._gradients: dict[int, Tensor] = {}
+        self._before: dict[str, tuple[int, Tensor]] = {}
+
+    def begin(self, step: int) -> None:
+        """A batch begins, of step ``step`` (from 0)."""
+        self._step = step
+        self._forget()
+
+    def _forget(self) -> None:
+        self._batch.clear()
+        self._gradients.clear()
+
+    def micro_batch(
+        self, parts: Sequence[Example], scores: Sequence[Tensor], reference: Sequence[Tensor] | None
+    ) -> None:
+        """The log-probs of a micro-batch are there; its loss is about to be computed from them.
+
+        Raises:
+            NumericsError: ``gradient_zero``: no trainable parameter took part.
+        """
+        if not any(score.requires_grad for score in scores):
+            alarm(
+                "gradient_zero",
+                "no trainable parameter takes part in the forward pass.",
+                "Check that the adapter is there and not disabled.",
+            )
+        if self._step >= CLOSELY:
+            return
+        start = 0
+        for part in parts:
+            rows = slice(start, start + len(part.rows))
+            start += len(part.rows)
+            known = None if reference is None else reference[rows]
+            for score in scores[rows]:
+                number = len(self._gradients)
+                self._gradients[number] = torch.zeros_like(score)
+                score.register_hook(self._keep(number))  # type: ignore[no-untyped-call]
+            self._batch.append((part, [score.detach() for score in scores[rows]], known))
+
+    def _keep(self, number: int) -> Any:
+        def keep(gradient: Tensor) -> None:
+            if number in self._gradients:
+                self._gradients[number] = gradient.detach()
+
+        return keep
+
+    def end_batch(
+        self,
+        algorithm: Algorithm,
+        config: AlgorithmConfig,
+        examples: Sequence[Example],
+        whole: Any,
+        held: Held,
+    ) -> None:
+        """All micro-batches of a batch have had their backward pass.
+
+        Args:
+            algorithm, config: what the loss was.
+            examples: the whole batch.
+            whole: what the algorithm measured in it.
+            held: what the reference is.
+
+        Raises:
+            NumericsError: ``gradient_depends_on_cut``, and in the first step ``reference_mismatch`` or
+                ``reference_with_adapter``.
+
+        Alerts: ``behaviour_mismatch`` in the first step.
+        """
+        if not self._batch:
+            return
+        try:
+            self._check_cut(algorithm, config, examples, whole)
+            if self._step == 0:
+                self._check_reference(held)
+                self._check_behaviour()
+        finally:
+            self._forget()
+
+    def _check_cut(
+        self, algorithm: Algorithm, config: AlgorithmConfig, examples: Sequence[Example], whole: Any
+    ) -> None:
+        """The gradient that reached the log-probs must be that of the batch in one piece."""
+        found = torch.cat([self._gradients[number].flatten() for number in range(len(self._gradients))])
+        leaves = [score.clone().requires_grad_() for _, scores, _ in self._batch for score in scores]
+        reference = None
+        if self._batch[0][2] is not None:
+            reference = [each for _, _, known in self._batch for each in known or ()]
+        parts = [part for part, _, _ in self._batch]
+        denominator = sum(example.weight for example in examples)
+        with torch.enable_grad():
+            loss = algorithm.objective(
+                ScoredExamples(parts, leaves, reference, denominator, whole), config
+            ).loss
+        if not loss.requires_grad:
+            return
+        gradients = torch.autograd.grad(loss, leaves, allow_unused=True)
+        wanted = torch.cat(
+            [
+                (torch.zeros_like(leaf) if each is None else each).flatten()
+                for leaf, each in zip(leaves, gradients, strict=True)
+            ]
+        )
+        length, gap = float(wanted.norm()), float((found - wanted).norm())
+        # What is not finite has its own alarm, at the gradient's norm.
+        if math.isfinite(gap) and math.isfinite(length) and gap > CUT_TOLERANCE * length:
+            ratio = float(found.norm()) / length if length else math.inf
+            alarm(
+                "gradient_depends_on_cut",
+                "cut into micro-batches the batch has another gradient (its length is "
+                f"{ratio:.3g} times that of the whole batch).",
+                "A denominator counts a micro-batch where it must count the batch, or counts them twice.",
+            )
+
+    def _check_reference(self, held: Held) -> None:
+        if held not in ("start", "base") or self._batch[0][2] is None:
+            return
+        gaps = [
+            float((score - known.to(score)).abs().mean())
+            for _, scores, references in self._batch
+            for score, known in zip(scores, references or (), strict=True)
+        ]
+        tolerance = REFERENCE_GAP.get(self.policy.dtype, 3 * LOW_PRECISION_GAP)
+        if held == "start" and max(gaps) > tolerance:
+            alarm(
+                "reference_mismatch",
+                "the policy is not its own reference before the first step: in "
+                f"{sum(gap > tolerance for gap in gaps)} of {len(gaps)} rows they differ, by up to "
+                f"{max(gaps):.3g} nats a token.",
+                "The reference is of other weights or other tokens; remove reference.safetensors.",
+            )
+        if held == "base" and self._adapter_acts() and max(gaps) <= SAME.get(self.policy.dtype, 0.0):
+            alarm(
+                "reference_with_adapter",
+                "the reference should be the base model, but is the policy with its adapter.",
+                "The adapter was left on while the reference was scored; remove reference.safetensors.",
+            )
+
+    def _adapter_acts(self) -> bool:
+        second = [p for name, p in self.policy.model.named_parameters() if ".lora_B." in name]
+        return any(bool(p.detach().any()) for p in second)
+
+    def _check_behaviour(self) -> None:
+        gaps = [
+            score - torch.tensor(known, dtype=score.dtype, device=score.device)
+            for part, scores, _ in self._batch
+            if isinstance(part, GroupExample)
+            for score, known in zip(scores, part.behaviour, strict=True)
+            if known is not None
+        ]
+        if not gaps:
+            return
+        gap = torch.cat(gaps).double()
+        size, mean = float(gap.abs().mean()), float(gap.mean())
+        noise = float(gap.std()) / math.sqrt(len(gap)) if len(gap) > 1 else 0.0
+        tolerance = BEHAVIOUR_GAP.get(self.policy.dtype, LOW_PRECISION_GAP)
+        # Rounding has no preferred sign; other weights and a filter on one side have.
+        if size > tolerance or abs(mean) > tolerance / 10 + 4 * noise:
+            emit(
+                Alert(
+                    name="behaviour_mismatch",
+                    message="Before the first step the policy and the recorded log-probs differ by "
+                    f"{size:.3g} nats a token ({mean:+.3g} on average): the answers come from other weights "
+                    "(an adapter that was stale, missing or in another place) or another sampler "
+                    "(temperature or a filter on one side), or are other tokens (tokenised again). "
+                    "corrigible.align.attribution tells which.",
+                )
+            )
+
+    def before_update(self) -> None:
+        """The optimiser is about to step; its gradients are there.
+
+        Raises:
+            NumericsError: ``stale_masters``: it would move other weights than the policy's.
+        """
+        current = {name: p for name, p in self.policy.model.named_parameters() if p.requires_grad}
+        same = current.keys() == self.parameters.keys() and all(
+            current[name] is parameter for name, parameter in self.parameters.items()
+        )
+        agree = [
+            (_some(parameter) == _some(self.masters[name]).to(parameter.dtype)).all()
+            for name, parameter in self.parameters.items()
+            if self.masters[name] is not parameter
+        ]
+        if not same or (agree and not bool(torch.stack(agree).all())):
+            alarm(
+                "stale_masters",
+                "the policy's weights are not those that the optimiser holds: somebody changed them.",
+                "Load weights and attach adapters before the trainer is made.",
+            )
+        self._before.clear()
+        for name, master in self.masters.items():
+            if master.grad is None:
+                continue
+            gradient = _some(master.grad)
+            place = int(gradient.abs().argmax())
+            if float(gradient[place]) != 0.0:
+                self._before[name] = (place, _some(master)[place].clone())
+
+    def after_update(self, rate: float) -> None:
+        """The optimiser has stepped, with the learning rate ``rate``.
+
+        Raises:
+            NumericsError: ``weights_unchanged``: there was a gradient, and nothing moved.
+        """
+        if self._before and all(
+            bool(_some(self.masters[name])[place] == before) for name, (place, before) in self._before.items()
+        ):
+            alarm(
+                "weights_unchanged",
+                f"a step with learning rate {rate:.3g} moved none of the weights.",
+                "The learning rate may be below the weights' precision.",
+            )
+
+
+def _some(tensor: Tensor) -> Tensor:
+    """At most about :data:`SAMPLED_WEIGHTS` elements, evenly spread, ``(k,)``."""
+    flat = tensor.detach().reshape(-1)
+    return flat[:: max(1, len(flat) // SAMPLED_WEIGHTS)]
