@@ -115,7 +115,8 @@ def test_a_finished_sequence_makes_room_at_once(shared_policy: LanguagePolicy) -
     answers = RolloutEngine(shared_policy, slots=4, decode=model).generate(PROMPTS, n=6, sampling=UNEVEN)
     still_to_read = sum(len(g.ids) - 1 for g in flat(answers))
     assert sum(model.widths) == still_to_read, "no step for a sequence that has ended"
-    assert model.widths.count(4) > 0.7 * len(model.widths), "while others wait, no slot stands empty"
+    assert model.widths == sorted(model.widths, reverse=True), "while others wait, no slot stands empty"
+    assert model.widths.count(4) > 20
     # Waiting for whole batches would take the longest of each four.
     lengths = sorted((len(g.ids) for g in flat(answers)), reverse=True)
     assert len(model.widths) < sum(lengths[::4])
@@ -283,7 +284,7 @@ def part_way(policy: LanguagePolicy, events: int, **settings: Any) -> list[Parti
     return engine.partials()
 
 
-@pytest.mark.parametrize("events", [1, 50, 300])
+@pytest.mark.parametrize("events", [1, 50, 150])
 def test_a_resumed_rollout_is_the_uninterrupted_one(
     shared_policy: LanguagePolicy, tmp_path: Path, events: int
 ) -> None:

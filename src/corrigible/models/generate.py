@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from corrigible.errors import BadInputError
 from corrigible.models.policy import LanguagePolicy
@@ -24,6 +24,9 @@ from corrigible.records import (
     new_id,
     now_us,
 )
+
+if TYPE_CHECKING:
+    from corrigible.models.backends import ServedAnswer
 
 __all__ = ["BATCH_SIZE", "Generation", "generate", "to_episode"]
 
@@ -88,7 +91,7 @@ def generate(
 
 def to_episode(
     prompt_messages: Sequence[MessageLike],
-    generation: Generation,
+    generation: Generation | ServedAnswer,
     policy_version_id: str | None,
     task: str,
     sampling: Sampling,
@@ -96,7 +99,8 @@ def to_episode(
     """A one-step episode: the prompt observed, the answer given, with ids, log-probs and settings.
 
     The step's ``logprobs`` are those of the plain model. Where sampling was not plain, those of the
-    distribution really sampled from, which an importance ratio needs, are in ``info["sampling_logprobs"]``.
+    distribution really sampled from, which an importance ratio needs, are in ``info["sampling_logprobs"]``
+    (null where nobody knows them). ``info["segments"]`` says which weights sampled how many tokens.
 
     Raises:
         BadInputError: the generation is an error, not an answer.
@@ -106,7 +110,10 @@ def to_episode(
     messages = as_messages(prompt_messages)
     info: dict[str, Any] = {"seed": generation.seed}
     if generation.sampling_logprobs != generation.logprobs:
-        info["sampling_logprobs"] = list(generation.sampling_logprobs)
+        known = generation.sampling_logprobs
+        info["sampling_logprobs"] = None if known is None else list(known)
+    if isinstance(generation, Generation) and generation.segments:
+        info["segments"] = [{"weights": s.weights, "tokens": s.tokens} for s in generation.segments]
     step = Step(
         observation=messages,
         action=Message(role="assistant", content=generation.text),
