@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -24,22 +24,33 @@ if TYPE_CHECKING:
     from corrigible.rewards.reward_model import RewardModel
 
 
-def turn_record(
-    turn: Turn,
-    store: Store,
-    policy: LanguagePolicy,
-    start: PolicyVersion,
-    candidate: PolicyVersion,
-    records: list[Feedback],
-    reward: RewardModel,
-    reward_record: dict[str, Any],
-    training: dict[str, list[float]],
-    evaluation: Evaluation,
-    sides: tuple[list[Episode], list[Episode]],
-    verdict: Verdict,
-) -> dict[str, Any]:
-    before, after = sides
-    proxy = [reward.score(list(side)).values for side in sides]
+@dataclass(frozen=True)
+class Outcome:
+    """What the stages of a turn came to.
+
+    ``before`` and ``after`` are the answers of ``start`` and of ``candidate`` to the held-out prompts, in
+    the same order; ``reward_record`` is what the reward model's held-out test said, ``training`` the
+    curves of the candidate's training.
+    """
+
+    policy: LanguagePolicy
+    start: PolicyVersion
+    candidate: PolicyVersion
+    judgements: list[Feedback]
+    reward: RewardModel
+    reward_record: dict[str, Any]
+    training: dict[str, list[float]]
+    evaluation: Evaluation
+    before: list[Episode]
+    after: list[Episode]
+    verdict: Verdict
+
+
+def turn_record(turn: Turn, store: Store, outcome: Outcome) -> dict[str, Any]:
+    """The content of ``turn.json`` and of the page: settings, numbers, and every held-out answer."""
+    before, after = outcome.before, outcome.after
+    evaluation, verdict = outcome.evaluation, outcome.verdict
+    proxy = [outcome.reward.score(side).values for side in (before, after)]
     rates = list(evaluation.win_rates.values())
     return {
         "title": f"One turn of the loop: {turn.config.name}",
@@ -52,10 +63,10 @@ def turn_record(
             "reasons": verdict.reasons,
             "checks": [asdict(check) for check in verdict.checks],
         },
-        "policies": {"start": start.to_json(), "candidate": candidate.to_json()},
-        "panel": panel_table(turn, store, records),
-        "reward": reward_record,
-        "training": training,
+        "policies": {"start": outcome.start.to_json(), "candidate": outcome.candidate.to_json()},
+        "panel": panel_table(turn, store, outcome.judgements),
+        "reward": outcome.reward_record,
+        "training": outcome.training,
         "evaluation": {
             "win_rate": rate(rates[0].value, *rates[0].interval, rates[0].prompts),
             "gold_win_rate": rate(rates[1].value, *rates[1].interval, rates[1].prompts),
@@ -104,7 +115,7 @@ def turn_record(
             ],
         },
         "versions": versions(),
-        "machine": {"cpus": _cpus(), "processor": platform.machine(), "dtype": str(policy.dtype)},
+        "machine": {"cpus": _cpus(), "processor": platform.machine(), "dtype": str(outcome.policy.dtype)},
         "stages": turn.stages,
     }
 

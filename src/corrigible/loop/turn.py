@@ -25,7 +25,7 @@ from corrigible.files import write_json
 from corrigible.loop.gate import Gate
 from corrigible.loop.memory import peak_rss_mb
 from corrigible.loop.prompts import Prompt, household, split
-from corrigible.loop.record import rate, turn_record, write
+from corrigible.loop.record import Outcome, rate, turn_record, write
 from corrigible.loop.registry import Registry
 from corrigible.records import Episode, Feedback, PolicyVersion, Sampling, messages_text, new_id
 from corrigible.store import Pair, Store, load_pairs
@@ -171,20 +171,20 @@ class Turn:
                 if registry.status(candidate) == "created":  # else it was decided before an interruption
                     registry.decide(candidate, verdict, {"evaluation": evaluation.to_json()})
                 note("promoted" if verdict.promoted else "refused")
-            turn = turn_record(
-                self,
-                store,
-                policy,
-                start,
-                candidate,
-                records,
-                reward,
-                reward_record,
-                training,
-                evaluation,
-                sides,
-                verdict,
+            outcome = Outcome(
+                policy=policy,
+                start=start,
+                candidate=candidate,
+                judgements=records,
+                reward=reward,
+                reward_record=reward_record,
+                training=training,
+                evaluation=evaluation,
+                before=sides[0],
+                after=sides[1],
+                verdict=verdict,
             )
+            turn = turn_record(self, store, outcome)
         turn["seconds"] = time.monotonic() - started + earlier
         turn["peak_rss_mb"] = peak_rss_mb()
         return write(self.out, turn)
