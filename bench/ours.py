@@ -67,7 +67,8 @@ class Update:
 class GivenExamples:
     """Prepared examples as a source of the trainer: batch ``k`` is step ``k``'s."""
 
-    def __init__(self, batches: Sequence[Sequence[Any]]) -> None:
+    def __init__(self, kind: str, batches: Sequence[Sequence[Any]]) -> None:
+        self.kind = kind
         self.batches = batches
         self.examples = [example for batch in batches for example in batch]
 
@@ -96,7 +97,7 @@ def dpo(
     out: Path,
 ) -> Update:
     """DPO through the one trainer."""
-    source = GivenExamples([[_pair(group) for group in batch] for batch in batches])
+    source = GivenExamples("pairs", [[_pair(group) for group in batch] for batch in batches])
     return _through_trainer("dpo", policy, source, config, out)
 
 
@@ -108,7 +109,7 @@ def kto(
     out: Path,
 ) -> Update:
     """KTO through the one trainer: desirable answers first, as :mod:`bench.rival` gives them to TRL."""
-    source = GivenExamples([_unpaired(batch) for batch in batches])
+    source = GivenExamples("unpaired", [_unpaired(batch) for batch in batches])
     return _through_trainer("kto", policy, source, config, out)
 
 
@@ -121,7 +122,7 @@ def grpo(
 ) -> Update:
     """GRPO through the one trainer; behaviour log-probs are those of the policy before the first step."""
     scorer = Scorer(policy)
-    source = GivenExamples([[_group(group, scorer) for group in batch] for batch in batches])
+    source = GivenExamples("groups", [[_group(group, scorer) for group in batch] for batch in batches])
     return _through_trainer("grpo", policy, source, config, out)
 
 
@@ -242,7 +243,7 @@ def measure(prepared: Prepared, training: Training, assignments: Sequence[str] =
 def _through_trainer(
     algorithm: str, policy: LanguagePolicy, source: GivenExamples, config: TrainConfig, out: Path
 ) -> Update:
-    trainer = Trainer(policy, get_algorithm(algorithm), source, config, out=out)  # type: ignore[arg-type]
+    trainer = Trainer(policy, get_algorithm(algorithm), source, config, out=out)
     began = time.perf_counter()
     trainer._prepare_reference()
     reference = time.perf_counter() - began
