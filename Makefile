@@ -22,7 +22,7 @@ $(STAMP): $(INPUTS) | $(BIN)/python
 	@touch $@
 
 $(DEV_STAMP): $(INPUTS) | $(BIN)/python
-	@sh scripts/install.sh $(VENV) dev,docs,postgres
+	@sh scripts/install.sh $(VENV) dev,docs,postgres,bench
 	@touch $@ $(STAMP)
 
 system-packages:
