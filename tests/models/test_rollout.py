@@ -15,6 +15,8 @@ from torch import Tensor
 
 from corrigible.errors import BadInputError, NumericsError
 from corrigible.models import LanguagePolicy, generate, generate_reference, load_policy, token_logprobs
+from corrigible.models.decode import NetworkDecode
+from corrigible.models.network import Network
 from corrigible.models.rollout import RolloutEngine
 from corrigible.models.rollout_decode import (
     Cohorts,
@@ -57,8 +59,11 @@ class Counting:
     """A decode model that notes what it is asked to do, and checks that slots are used as promised."""
 
     def __init__(self, policy: LanguagePolicy, slots: int, way: Any = SlotTable) -> None:
-        self.inner = TransformersDecode(policy, slots, way)
-        self.admit_together = self.inner.admit_together
+        network = Network.of(policy) if way is NetworkDecode else None
+        self.inner: Any = (
+            NetworkDecode(policy, network) if network else TransformersDecode(policy, slots, way)
+        )
+        self.admit_together = getattr(self.inner, "admit_together", 1)
         self.live: set[int] = set()
         self.read = 0
         self.reads: list[tuple[int, ...]] = []
@@ -66,6 +71,8 @@ class Counting:
         self.widths: list[int] = []
         if way is not Cohorts:
             self.fork = self._fork
+        if way is NetworkDecode:
+            self.refresh = self.inner.refresh
 
     def prefill(self, prompts: list[Sequence[int]], slots: list[list[int]]) -> Tensor:
         new = [slot for targets in slots for slot in targets]
@@ -90,7 +97,7 @@ class Counting:
         self.inner.free(slot)
 
 
-@pytest.mark.parametrize("way", [SlotTable, Cohorts, Recompute])
+@pytest.mark.parametrize("way", [SlotTable, Cohorts, Recompute, NetworkDecode])
 def test_slots_and_way_change_nothing(shared_policy: LanguagePolicy, way: Any) -> None:
     expected = RolloutEngine(shared_policy, slots=1, decode=TransformersDecode(shared_policy, 1, Recompute))
     whole = expected.generate(PROMPTS, n=4, sampling=UNEVEN, seed=3)
@@ -122,14 +129,17 @@ def test_a_finished_sequence_makes_room_at_once(shared_policy: LanguagePolicy) -
     assert len(model.widths) < sum(lengths[::4])
 
 
+@pytest.mark.parametrize("way", [SlotTable, NetworkDecode])
 @pytest.mark.parametrize("slots", [1, 3, 16])
-def test_a_prompt_is_read_once_for_all_its_answers(shared_policy: LanguagePolicy, slots: int) -> None:
-    model = Counting(shared_policy, slots)
+def test_a_prompt_is_read_once_for_all_its_answers(
+    shared_policy: LanguagePolicy, slots: int, way: Any
+) -> None:
+    model = Counting(shared_policy, slots, way)
     engine = RolloutEngine(shared_policy, slots=slots, decode=model)
     engine.generate(PROMPTS, n=5, sampling=UNEVEN)
     assert len(model.reads) == len(set(model.reads)) == 4, "five prompts, two of them the same"
     # A model that cannot fork reads again, and gives the same.
-    plain = Counting(shared_policy, slots)
+    plain = Counting(shared_policy, slots, way)
     del plain.fork
     again = RolloutEngine(shared_policy, slots=slots, decode=plain)
     assert ids(again.generate(PROMPTS, n=5, sampling=UNEVEN)) == ids(
@@ -397,7 +407,7 @@ def test_weights_that_change_under_a_rollout_raise(policy: LanguagePolicy, throu
                 nudge(policy, through_data)
 
 
-@pytest.mark.parametrize("way", [SlotTable, Cohorts])
+@pytest.mark.parametrize("way", [SlotTable, Cohorts, NetworkDecode])
 def test_a_hot_update_is_recorded_token_by_token(policy: LanguagePolicy, way: Any) -> None:
     """After it, tokens come from the new weights given everything before, and the record says which do."""
     old = policy.weights_sha256()

@@ -6,8 +6,9 @@
     sequence_logprobs(policy, [answer.rendered() for answer in answers[0]])
 
 One module per job: ``load`` finds weights (safetensors only), ``renderer`` alone turns messages
-into token ids and says who wrote each token, ``logprobs`` scores, ``generate`` samples, ``policy``
-holds weights and adapters, ``encoder`` turns sentences into vectors. ``reference`` does scoring and
+into token ids and says who wrote each token, ``logprobs`` scores, ``generate`` samples (``rollout``
+streams, resumes and takes new weights on the way; ``backends`` ask vLLM or a server), ``policy`` holds
+weights and adapters, ``encoder`` turns sentences into vectors. ``reference`` does scoring and
 sampling again, slowly and plainly; the tests hold the fast ones to it.
 """
 
@@ -18,6 +19,8 @@ from corrigible.models.logprobs import sequence_logprobs, token_logprobs
 from corrigible.models.policy import LanguagePolicy, Lora
 from corrigible.models.reference import generate_reference, logprobs_reference
 from corrigible.models.renderer import SCORED, Rendered, Renderer, TokenKind, TurnState
+from corrigible.models.rollout import RolloutEngine
+from corrigible.models.rollout_records import Partial, Segment
 
 __all__ = [
     "DEFAULT_POLICY",
@@ -25,8 +28,11 @@ __all__ = [
     "Generation",
     "LanguagePolicy",
     "Lora",
+    "Partial",
     "Rendered",
     "Renderer",
+    "RolloutEngine",
+    "Segment",
     "SentenceEncoder",
     "TokenKind",
     "TurnState",

@@ -184,6 +184,20 @@ class NetworkDecode:
         return self.head(states.index_select(0, packed.last))
 
     @torch.inference_mode()
+    @torch.inference_mode()
+    def fork(self, source: int, target: int, length: int) -> None:
+        """Start ``target`` from the prompt of ``source`` (``length`` tokens); the same slot begins anew."""
+        own = self.slots[source]
+        assert len(self.prompts[own.prompt]) == length, "only a whole prompt is shared"
+        if target == source:
+            own.length = 0
+            return
+        self.prompts[own.prompt].slots.add(target)
+        self.slots[target] = _Slot(own.prompt, len(self.order))
+        self.order.append(target)
+        self.shared = None
+        self._grow()
+
     def free(self, slot: int) -> None:
         """Forget a sequence; the last row of the caches takes its place."""
         gone = self.slots.pop(slot)

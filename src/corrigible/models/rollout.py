@@ -24,6 +24,8 @@ from torch import Tensor
 
 from corrigible.errors import BadInputError, NumericsError
 from corrigible.events import Progress, emit
+from corrigible.models.decode import NetworkDecode
+from corrigible.models.network import Network
 from corrigible.models.policy import LanguagePolicy
 from corrigible.models.renderer import Rendered
 from corrigible.models.rollout_decode import CopyingModel, DecodeModel, ForkingModel, TransformersDecode
@@ -107,7 +109,7 @@ class RolloutEngine:
     Args:
         policy: the model. Its weights may be trained between calls; each call takes them as they are.
         slots: sequences going on at a time. It changes the speed and the memory, not the text.
-        decode: the model under it (default: over transformers' modules).
+        decode: the model under it (default: :func:`decode_model`).
 
     One run at a time. Not for several threads.
     """
@@ -119,7 +121,7 @@ class RolloutEngine:
             raise BadInputError(f"slots must be at least 1; they are {slots}.")
         self.policy = policy
         self.slots = slots
-        self._model: DecodeModel = decode if decode is not None else TransformersDecode(policy, slots)
+        self._model = decode if decode is not None else decode_model(policy, slots)
         self._watch = WeightWatch(policy)
         self._scratch = Scratch()
         self._run: _Run | None = None  # the latest; partials() reads it even after an interruption
@@ -524,6 +526,12 @@ class RolloutEngine:
             f"stale_weights: the weights of {self.policy.name} changed while answers were being sampled.",
             advice="Call sync() on the engine after an update, so that answers know what sampled them.",
         )
+
+
+def decode_model(policy: LanguagePolicy, slots: int) -> DecodeModel:
+    """The fastest model that is right for the policy: the own network, else transformers' modules."""
+    network = Network.of(policy)
+    return TransformersDecode(policy, slots) if network is None else NetworkDecode(policy, network)
 
 
 def _resume(sequences: list[_Sequence], partials: Sequence[Partial], sampling: Sampling) -> None:
