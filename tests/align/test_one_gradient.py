@@ -121,9 +121,8 @@ def case(request: pytest.FixtureRequest) -> Case:
             # The reference is another model: near, but not the policy, and not the same way for all.
             noise = torch.randn(len(values), generator=generator)
             reference[row_key(row)] = values.detach().float() - noise.abs()
-        h = [
-            x.sum() - reference[row_key(row)].double().sum() for x, row in zip(scores, pair.rows, strict=True)
-        ]
+        anchors = [reference[row_key(row)].double().sum() for row in pair.rows]
+        h = [values.sum() - anchor for values, anchor in zip(scores, anchors, strict=True)]
         d = BETA * (h[0] - h[1])
         # Rafailov et al. 2023, eq. 7, for a label that may be unsure: -p log s(d) - (1 - p) log s(-d)
         loss = pair.p_chosen * (-d).exp().log1p() + (1 - pair.p_chosen) * d.exp().log1p()

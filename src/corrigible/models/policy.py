@@ -277,7 +277,10 @@ class LanguagePolicy:
                 try:
                     mine = self.head(self.hidden_states(ids))
                     theirs = self.network(input_ids=ids, use_cache=False).logits
-                    self._head_is_plain = mine.shape == theirs.shape and bool(torch.allclose(mine, theirs))
+                    # NaN weights are not another kind of head; they are met where they matter.
+                    self._head_is_plain = mine.shape == theirs.shape and bool(
+                        torch.allclose(mine, theirs, equal_nan=True)
+                    )
                 except (AttributeError, TypeError):
                     self._head_is_plain = False
         return self._head_is_plain

@@ -23,6 +23,8 @@ from corrigible.models.renderer import Rendered
 
 Rows = Sequence[Rendered]
 
+OVERFLOW = "Something overflowed: lower the learning rate, or use float32 or bfloat16."
+
 
 @dataclass(frozen=True, slots=True)
 class RowScores:
@@ -100,19 +102,22 @@ class Scorer:
         return RowScores(list(found.logprobs.split_with_sizes(lengths)), entropies)
 
     def states(self, examples: Iterable[Rows], *, grad: bool = False) -> Tensor:
-        """``(rows, width)`` float32: the last hidden state of each row, at its very last token."""
+        """``(rows, width)`` float32: the last hidden state of each row, at its very last token.
+
+        Raises:
+            BadInputError: no rows, or a row without tokens, too long, or outside the vocabulary.
+            NumericsError: the model gives NaN or an infinite value.
+        """
         rows = [row for group in examples for row in group]
         check_rows(self.policy, rows, scored=False)
         with torch.set_grad_enabled(grad):
-            if self.network is not None:
-                packed = pack(rows, share=self.share, whole=True)
-                return self.network.hidden(packed).index_select(0, packed.last.to(self.policy.device)).float()
-            if self.one_by_one and len(rows) > 1:
-                return torch.cat([self.states([[row]], grad=grad) for row in rows])
-            ids, _ = _padded([row.ids for row in rows])
-            states = self.policy.hidden_states(ids.to(self.policy.device))
-            last = torch.tensor([len(row) - 1 for row in rows], device=states.device)
-            return states[torch.arange(len(rows), device=states.device), last].float()
+            found = self._last_states(rows)
+        finite = found.detach().isfinite().all(dim=-1)
+        if not bool(finite.all()):
+            raise NumericsError(
+                f"The hidden state of row {finite.tolist().index(False)} is not finite.", advice=OVERFLOW
+            )
+        return found
 
     # -- the two paths ------------------------------------------------------------------------
 
@@ -122,6 +127,18 @@ class Scorer:
         device = self.policy.device
         states = self.network.hidden(packed).index_select(0, packed.read.to(device))
         return self._score(states, packed.targets.to(device), temperature, entropy)
+
+    def _last_states(self, rows: Rows) -> Tensor:
+        device = self.policy.device
+        if self.network is not None:
+            packed = pack(rows, share=self.share, whole=True)
+            return self.network.hidden(packed).index_select(0, packed.last.to(device)).float()
+        if self.one_by_one and len(rows) > 1:
+            return torch.cat([self._last_states([row]) for row in rows])
+        ids, _ = _padded([row.ids for row in rows])
+        states = self.policy.hidden_states(ids.to(device))
+        last = torch.tensor([len(row) - 1 for row in rows], device=device)
+        return states[torch.arange(len(rows), device=device), last].float()
 
     def _plain(self, rows: Rows, temperature: float, entropy: bool) -> Scores:
         if self.one_by_one and len(rows) > 1:
@@ -198,7 +215,7 @@ def _check_finite(logprobs: Tensor, lengths: Sequence[int]) -> None:
     row = next(i for i, part in enumerate(parts) if not bool(part.isfinite().all()))
     raise NumericsError(
         f"The log-probabilities of row {row} are not finite.",
-        advice="Something overflowed: lower the learning rate, or use float32 or bfloat16.",
+        advice=OVERFLOW,
     )
 
 
