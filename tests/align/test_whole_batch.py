@@ -74,6 +74,12 @@ def same(a: torch.Tensor, b: torch.Tensor) -> bool:
     return cosine >= 0.999999 and abs(float(a.norm() / b.norm()) - 1) <= 1e-5
 
 
+def test_examples_of_another_kind_are_refused(policy: LanguagePolicy, tmp_path: Path) -> None:
+    for name, kind in (("kto", "unpaired"), ("dpo", "pairs")):
+        with pytest.raises(BadInputError, match=f"{name} learns from {kind}, these examples are groups"):
+            Trainer(policy, ALGORITHMS[name], groups(policy), out=tmp_path)
+
+
 # -- KTO ------------------------------------------------------------------------------------------
 
 

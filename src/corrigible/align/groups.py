@@ -155,6 +155,8 @@ class GroupSource:
         BadInputError, NumericsError: as :func:`group_examples`, and when no group is left.
     """
 
+    kind = "groups"
+
     def __init__(
         self,
         groups: Sequence[Sequence[Generation]],

@@ -45,6 +45,11 @@ class Source(Protocol):
     """Where a trainer's batches come from."""
 
     @property
+    def kind(self) -> str:
+        """The kind of examples; an algorithm names the one it learns from."""
+        ...
+
+    @property
     def examples(self) -> Sequence[Example]: ...
 
     def steps_per_epoch(self, batch_size: int) -> int: ...
@@ -136,6 +141,8 @@ class PairSource:
             ``too_long``, ``bad_weight``, ``bad_label``, ``prompts_differ`` or ``not_renderable``.
         BadInputError: no usable pair is left, or ``max_length`` is too small to hold anything.
     """
+
+    kind = "pairs"
 
     def __init__(
         self,

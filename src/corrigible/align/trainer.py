@@ -104,8 +104,8 @@ class Trainer:
         bus: where events go; the current bus when absent.
 
     Raises:
-        BadInputError: nothing is trainable, or ids are outside the policy's vocabulary, or the
-            reference policy has another vocabulary.
+        BadInputError: nothing is trainable, the source's examples are not of the algorithm's kind, ids
+            are outside the policy's vocabulary, or the reference policy has another vocabulary.
     """
 
     def __init__(
@@ -148,6 +148,12 @@ class Trainer:
             raise BadInputError(
                 f"{algorithm.name} takes {algorithm.config.__name__}, "
                 f"got {type(self.algorithm_config).__name__}."
+            )
+        if source.kind != algorithm.source:
+            raise BadInputError(
+                f"{algorithm.name} learns from {algorithm.source}, these examples are {source.kind}.",
+                advice="PairSource gives pairs, UnpairedSource unpaired answers (labelled_from_pairs makes "
+                "them from pairs), GroupSource groups.",
             )
         _check_vocabulary(policy, source, reference_policy)
         if held_out is not None:

@@ -67,6 +67,8 @@ class UnpairedSource:
         BadInputError: no usable answer is left, or ``max_length`` is too small to hold anything.
     """
 
+    kind = "unpaired"
+
     def __init__(
         self,
         labelled: Iterable[Labelled],
