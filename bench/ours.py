@@ -29,10 +29,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from bench.options import add_common_options, as_training, prepared_for
 from bench.pairs import Group
 from bench.prepared import Prepared
 from bench.process import Measurement, Training, forget_peak, peak_rss_mb, recent_peak_rss_mb, report
-from bench.rival import add_common_options, as_training, prepared_for
 from torch import nn
 
 from corrigible.align import TrainConfig, Trainer, get_algorithm

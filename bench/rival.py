@@ -36,93 +36,21 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+from bench.options import add_common_options, as_training, prepared_for
 from bench.pairs import Group
-from bench.prepared import Prepared, prepare
-from bench.process import (
-    ALGORITHMS,
-    Measurement,
-    Training,
-    forget_peak,
-    peak_rss_mb,
-    recent_peak_rss_mb,
-    report,
-)
+from bench.prepared import Prepared
+from bench.process import Measurement, Training, forget_peak, peak_rss_mb, recent_peak_rss_mb, report
+from bench.rival_settings import SETTINGS, Setting, change
 
 from corrigible.errors import BadInputError, MissingError
 
 VERSION = "1.16.0"
 """The release of TRL that results name; another one is refused."""
-
-
-@dataclass(frozen=True)
-class Setting:
-    """How TRL is set; the defaults here are TRL's.
-
-    Attributes:
-        precompute_reference: ``precompute_ref_log_probs``: the reference once, before training.
-        gradient_checkpointing: compute activations again in the backward pass.
-        micro_batch: pairs (DPO, reward model) or rows (KTO, GRPO) in one forward pass; 0 for the whole
-            batch. The rest of the batch is accumulated. Rows are then sorted by length within the batch,
-            which is all that grouping by length can do for a given batch.
-        weights: dtype the model is loaded in: ``"float32"`` or ``"bfloat16"``.
-        autocast: bf16 mixed precision.
-        attention: ``attn_implementation``; empty for transformers' choice (sdpa).
-        optimiser: ``optim``; empty for transformers' choice (adamw_torch_fused).
-        compile: ``torch_compile``.
-        offload: ``activation_offloading``.
-        padding_free: ``padding_free``, DPO only.
-    """
-
-    precompute_reference: bool = False
-    gradient_checkpointing: bool = True
-    micro_batch: int = 0
-    weights: str = "float32"
-    autocast: bool = True
-    attention: str = ""
-    optimiser: str = ""
-    compile: bool = False
-    offload: bool = False
-    padding_free: bool = False
-
-
-SETTINGS: dict[str, dict[str, Setting]] = {
-    "default": {name: Setting() for name in ALGORITHMS},
-    "fastest": {
-        "dpo": Setting(precompute_reference=True, gradient_checkpointing=False, micro_batch=2),
-        "reward": Setting(gradient_checkpointing=False, micro_batch=2),
-        "kto": Setting(precompute_reference=True, gradient_checkpointing=False),
-        "grpo": Setting(gradient_checkpointing=False),
-    },
-}
-
-
-def change(setting: Setting, assignments: Sequence[str]) -> Setting:
-    """``setting`` with ``NAME=VALUE`` assignments applied.
-
-    Raises:
-        BadInputError: a name or a value that is none.
-    """
-    kinds = {field.name: type(getattr(setting, field.name)) for field in fields(setting)}
-    changes: dict[str, Any] = {}
-    for assignment in assignments:
-        name, _, text = assignment.partition("=")
-        if name not in kinds:
-            raise BadInputError(f"TRL's setting has no {name!r}.", advice=f"It has: {', '.join(kinds)}.")
-        if kinds[name] is bool:
-            if text.lower() not in ("true", "false"):
-                raise BadInputError(f"{name} is true or false, not {text!r}.")
-            changes[name] = text.lower() == "true"
-        else:
-            try:
-                changes[name] = kinds[name](text)
-            except ValueError as error:
-                raise BadInputError(f"{name}: {error}") from error
-    return replace(setting, **changes)
 
 
 def measure(prepared: Prepared, training: Training, setting: Setting, *, name: str = "custom") -> Measurement:
@@ -454,43 +382,6 @@ def _check_version() -> None:
             f"TRL {found} is installed; the comparison is with {VERSION}.",
             advice=f"pip install trl=={VERSION}",
         )
-
-
-def add_common_options(parser: argparse.ArgumentParser) -> None:
-    """The options that both sides of a comparison take."""
-    parser.add_argument("--algorithm", choices=ALGORITHMS, default="dpo")
-    parser.add_argument("--steps", type=int, default=5, help="timed steps (default 5)")
-    parser.add_argument("--warmup", type=int, default=1, help="steps before them (default 1)")
-    parser.add_argument("--lr", type=float, default=1e-6)
-    parser.add_argument("--precision", choices=("bf16", "float32"), default="bf16")
-    parser.add_argument("--lora", action="store_true", help="a LoRA adapter instead of all weights")
-    parser.add_argument("--prepared", help="a folder of bench.prepared; made anew when absent")
-    parser.add_argument("--model", default="smollm2-135m", help="when nothing is prepared")
-    parser.add_argument("--data", help="folder with hh-rlhf/ (default: CORRIGIBLE_DATA, ../shared/data)")
-    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="change an option")
-    parser.add_argument("--json", action="store_true", help="one line of JSON")
-
-
-def as_training(options: argparse.Namespace) -> Training:
-    """The :class:`Training` that a command line asks for."""
-    return Training(
-        algorithm=options.algorithm,
-        steps=options.steps,
-        warmup=options.warmup,
-        lr=options.lr,
-        precision=options.precision,
-        lora=options.lora,
-    )
-
-
-@contextmanager
-def prepared_for(options: argparse.Namespace) -> Iterator[Prepared]:
-    """The folder that is named, or one made for this run (whose memory then counts: name one to measure)."""
-    if options.prepared:
-        yield Prepared(Path(options.prepared).resolve())
-        return
-    with tempfile.TemporaryDirectory(prefix="corrigible-bench-") as folder:
-        yield prepare(folder, model=options.model, batches=options.steps + options.warmup, data=options.data)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

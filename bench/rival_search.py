@@ -2,7 +2,7 @@
 
     python -m bench.rival_search --algorithm dpo --steps 2
 
-The winner among those that train belongs into ``SETTINGS["fastest"]`` of :mod:`bench.rival`. A candidate is
+The winner among those that train belongs into ``SETTINGS["fastest"]`` of :mod:`bench.rival_settings`. A candidate is
 a list of changes to TRL's defaults; each that is faster on its own is also tried together with the others.
 
 Not candidates, and why:

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from bench.prepared import Prepared, Shape, prepare
 from bench.process import ALGORITHMS, Measurement, Training
-from bench.rival import SETTINGS, Setting, change
 from bench.rival_search import CANDIDATES
+from bench.rival_settings import SETTINGS, Setting, change
 from bench.update import entry, interval
 
 from bench import ours, rival
