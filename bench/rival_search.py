@@ -2,8 +2,8 @@
 
     python -m bench.rival_search --algorithm dpo --steps 2
 
-The winner among those that train belongs into ``SETTINGS["fastest"]`` of :mod:`bench.rival_settings`. A candidate is
-a list of changes to TRL's defaults; each that is faster on its own is also tried together with the others.
+The winner among those that train belongs into ``SETTINGS["fastest"]`` of :mod:`bench.rival_settings`. A
+candidate is a list of changes to TRL's defaults, each added to those that are expected to help.
 
 Not candidates, and why:
 
