@@ -92,6 +92,19 @@ def test_norm_of_heads_equals_norm_of_rows() -> None:
     check(rms_norm, [x, weight], grad, expected, 1e-6)
 
 
+def test_a_weight_of_a_wider_type_is_not_rounded() -> None:
+    """Gemma multiplies by 1 + weight in float32: what comes out is the exact product, rounded once."""
+    x, _, grad = normal(10, (5, 7), (7,), (5, 7))
+    weight = 1.0 + torch.linspace(-0.3, 0.3, 7)
+    exact = norm_by_hand(x.tolist(), weight.tolist(), 1e-6, grad.tolist())
+    leaves = [x.bfloat16().requires_grad_(), weight.requires_grad_()]
+    result = rms_norm(*leaves, 1e-6)
+    assert torch.equal(result, exact[0].bfloat16())
+    result.backward(grad.bfloat16())
+    assert leaves[0].grad.dtype == torch.bfloat16 and leaves[1].grad.dtype == torch.float32
+    assert close([leaves[0].grad], exact[1:2], 4e-3) and close([leaves[1].grad], exact[2:], 1e-6)
+
+
 def test_a_row_of_zeros_has_a_finite_norm_and_gradient() -> None:
     x, weight, grad = torch.zeros(2, 4), torch.ones(4), torch.ones(2, 4)
     found = run(rms_norm, [x, weight], grad, 1e-6)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from corrigible.models import LanguagePolicy, Rendered, logprobs_reference
+from corrigible.models.decode import NetworkDecode
 from corrigible.models.network import Network
 from corrigible.models.packing import pack
 from corrigible.models.scoring import Scorer
@@ -58,6 +59,7 @@ SUPPORTED: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2": ("Qwen2", {}),
     "qwen2, a window that is off": ("Qwen2", {"sliding_window": 8, "use_sliding_window": False}),
     "qwen3": ("Qwen3", {"head_dim": 16}),
+    "gemma": ("Gemma", {"head_dim": 16}),
 }
 
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 0.05}
@@ -152,9 +154,10 @@ def test_it_is_the_network_of_transformers(name: str, dtype: torch.dtype, record
     assert not recorded_events
 
 
-def test_in_bfloat16_it_is_no_further_from_the_truth(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ["qwen3", "gemma"])
+def test_in_bfloat16_it_is_no_further_from_the_truth(name: str) -> None:
     """Both are compared with float32 on the same (bfloat16) weights."""
-    policy = build("Qwen3", {"head_dim": 16}, torch.bfloat16)
+    policy = build(*SUPPORTED[name], dtype=torch.bfloat16)
     network = Network.of(policy)
     assert network is not None
     found = {}
@@ -264,6 +267,37 @@ def test_dropout_in_training_drops_what_transformers_drops() -> None:
         assert torch.allclose(mine, theirs, atol=1e-4)
         states[seed] = mine
     assert not torch.allclose(states[1], states[2], atol=1e-2)
+
+
+# -- token by token -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("adapted", [False, True], ids=["all weights", "adapter"])
+@pytest.mark.parametrize("name", SUPPORTED)
+def test_decoding_gives_the_logits_of_whole_rows(name: str, adapted: bool) -> None:
+    """Two answers to each of two prompts, one of which ends early; logits after every token."""
+    policy = build(*SUPPORTED[name])
+    if adapted:
+        train(policy)
+    network = Network.of(policy)
+    assert network is not None
+    decode = NetworkDecode(policy, network)
+    prompts = [list(row.ids) for row in rows()[:2]]
+    ends = [[9, 8, 7], [4], [5, 5, 6], [2, 1, 0]]
+    texts = {slot: [*prompts[slot // 2], *end] for slot, end in enumerate(ends)}
+    with torch.no_grad():
+        right = {slot: policy.network(input_ids=torch.tensor([ids])).logits[0] for slot, ids in texts.items()}
+    found = decode.prefill(prompts, [[0, 1], [2, 3]])
+    for line, slot in zip(found, (0, 2), strict=True):
+        assert torch.allclose(line, right[slot][len(prompts[slot // 2]) - 1], atol=2e-4)
+    for step in range(3):
+        slots = [slot for slot, ids in texts.items() if len(ids) > len(prompts[slot // 2]) + step]
+        for slot in set(decode.slots) - set(slots):
+            decode.free(slot)
+        places = [len(prompts[slot // 2]) + step for slot in slots]
+        found = decode.decode(slots, [texts[slot][place] for slot, place in zip(slots, places, strict=True)])
+        for line, slot, place in zip(found, slots, places, strict=True):
+            assert torch.allclose(line, right[slot][place], atol=2e-4)
 
 
 # -- what is not done here takes the plain path -----------------------------------------------------

@@ -148,14 +148,13 @@ class NetworkDecode:
                     out=FusedLinear([attention.o_proj], dtype),
                     gate_up=FusedLinear([mlp.gate_proj, mlp.up_proj], dtype),
                     down=FusedLinear([mlp.down_proj], dtype),
-                    before=layer.input_layernorm.weight.detach().clone(),
-                    after=layer.post_attention_layernorm.weight.detach().clone(),
+                    before=self.network.norm_weight(layer.input_layernorm).detach().clone(),
+                    after=self.network.norm_weight(layer.post_attention_layernorm).detach().clone(),
                     q_norm=attention.q_norm.weight.detach().clone() if normed else None,
                     k_norm=attention.k_norm.weight.detach().clone() if normed else None,
                 )
             )
-        self.norm = network.model.norm.weight.detach().clone()
-        self.embedding = network.model.embed_tokens.weight.detach()
+        self.norm = self.network.norm_weight(network.model.norm).detach().clone()
         self.head = FusedLinear([network.get_output_embeddings()], dtype)
         self.shared = None
 
@@ -184,7 +183,6 @@ class NetworkDecode:
         return self.head(states.index_select(0, packed.last))
 
     @torch.inference_mode()
-    @torch.inference_mode()
     def fork(self, source: int, target: int, length: int) -> None:
         """Start ``target`` from the prompt of ``source`` (``length`` tokens); the same slot begins anew."""
         own = self.slots[source]
@@ -198,6 +196,7 @@ class NetworkDecode:
         self.shared = None
         self._grow()
 
+    @torch.inference_mode()
     def free(self, slot: int) -> None:
         """Forget a sequence; the last row of the caches takes its place."""
         gone = self.slots.pop(slot)
@@ -246,7 +245,7 @@ class NetworkDecode:
         device = self.policy.device
         lengths = torch.tensor([self.slots[slot].length for slot in self.order])
         rows = torch.arange(count, device=device)
-        x = nn.functional.embedding(ids.to(device), self.embedding)
+        x = network.embed(ids.to(device))
         cos, sin = network.angles((shared.prompt_lengths + lengths).to(device), x)
         span = _rounded(int(lengths.max()) + 1)
         hidden = torch.arange(span)[None] > lengths[:, None]
@@ -259,7 +258,7 @@ class NetworkDecode:
         widths = [network.heads * network.size] + [network.key_heads * network.size] * 2
         for number, layer in enumerate(self.layers):
             normed = _norm(x, layer.before, network.eps)
-            q, k, v = layer.qkv(normed).split(widths, dim=-1)
+            q, k, v = layer.qkv(normed).split(widths, dim=-1)  # type: ignore[no-untyped-call]
             q, k = q.view(count, -1, network.size), k.view(count, -1, network.size)
             if layer.q_norm is not None and layer.k_norm is not None:
                 q, k = _norm(q, layer.q_norm, network.eps), _norm(k, layer.k_norm, network.eps)
@@ -272,7 +271,7 @@ class NetworkDecode:
             x = x + layer.out(attended.view(count, -1))
             normed = _norm(x, layer.after, network.eps)
             gate, up = layer.gate_up(normed).chunk(2, dim=-1)
-            x = x + layer.down(nn.functional.silu(gate).mul_(up))
+            x = x + layer.down(network.gated(gate, up))
         return self.head(_norm(x, self.norm, network.eps))
 
     def _grow(self) -> None:
@@ -404,6 +403,8 @@ def _rounded(length: int) -> int:
 def _norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     wide = x.float()
     scale = torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + eps)
+    if weight.dtype != x.dtype:
+        return (wide * scale).mul_(weight).to(x.dtype)
     return (wide * scale).to(x.dtype) * weight
 
 

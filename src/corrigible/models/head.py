@@ -67,7 +67,7 @@ def score(
     if not torch.is_grad_enabled():
         hidden, weight = hidden.detach(), weight.detach()
         bias = None if bias is None else bias.detach()
-    logprobs, entropies = _Score.apply(
+    logprobs, entropies = _Score.apply(  # type: ignore[no-untyped-call]
         hidden, weight, targets, bias, temperature, entropy, block_bytes, keep_bytes
     )
     return Scores(logprobs, entropies if entropy else None)

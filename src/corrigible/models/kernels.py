@@ -33,11 +33,10 @@ class _RmsNorm(torch.autograd.Function):
         )
         scale = scale.add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, scale)
-        return (
-            (x * scale).to(x.dtype).mul_(weight)
-            if x.dtype == weight.dtype
-            else (x * scale).to(x.dtype) * weight
-        )
+        normed: Tensor = x * scale
+        if x.dtype == weight.dtype:
+            return normed.to(x.dtype).mul_(weight)
+        return normed.mul_(weight).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
@@ -57,10 +56,10 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
     Args:
         x: ``(..., width)``.
-        weight: ``(width,)``.
+        weight: ``(width,)``; of a wider type than ``x``, the product with it is not rounded twice.
         eps: added to the mean square.
     """
-    result: Tensor = _RmsNorm.apply(x, weight, eps)
+    result: Tensor = _RmsNorm.apply(x, weight, eps)  # type: ignore[no-untyped-call]
     return result
 
 
@@ -80,7 +79,7 @@ class _SwiGlu(torch.autograd.Function):
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """``silu(gate) · up`` (Shazeer 2020), both ``(tokens, width)``."""
-    result: Tensor = _SwiGlu.apply(gate, up)
+    result: Tensor = _SwiGlu.apply(gate, up)  # type: ignore[no-untyped-call]
     return result
 
 
@@ -113,7 +112,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         x: ``(tokens, heads, size)``.
         cos, sin: ``(tokens, 1, size)``, both halves of the last axis equal.
     """
-    result: Tensor = _Rotate.apply(x, cos, sin)
+    result: Tensor = _Rotate.apply(x, cos, sin)  # type: ignore[no-untyped-call]
     return result
 
 
@@ -212,7 +211,7 @@ def tree_attention(q: Tensor, k: Tensor, v: Tensor, nodes: Sequence[Node], scale
         ``(tokens, heads, size)``.
     """
     if q.device.type == "cpu":
-        result: Tensor = _TreeAttention.apply(q, k, v, nodes, scale)
+        result: Tensor = _TreeAttention.apply(q, k, v, nodes, scale)  # type: ignore[no-untyped-call]
         return result
     return masked_attention(q, k, v, nodes, scale)
 

@@ -23,7 +23,13 @@ from corrigible.models.renderer import Rendered
 if TYPE_CHECKING:
     from corrigible.models.policy import LanguagePolicy
 
-ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+ARCHITECTURES = (
+    "LlamaForCausalLM",
+    "MistralForCausalLM",
+    "Qwen2ForCausalLM",
+    "Qwen3ForCausalLM",
+    "GemmaForCausalLM",
+)
 """What :class:`Network` computes; anything else takes the plain path."""
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
@@ -63,7 +69,9 @@ class Network:
             raise Unsupported("it has attention windows")
         if not policy.head_is_plain:
             raise Unsupported("its logits are not its output layer's")
-        if config.hidden_act not in ("silu", "swish"):
+        # Gemma's own (Gemma Team 2024, section 2): scaled embeddings, GELU gates, norms of 1 + weight.
+        self.gemma = name == "GemmaForCausalLM"
+        if config.hidden_act not in (("gelu_pytorch_tanh",) if self.gemma else ("silu", "swish")):
             raise Unsupported(f"its activation is {config.hidden_act}")
         if getattr(config, "attention_dropout", 0.0):
             raise Unsupported("it drops attention weights in training")
@@ -121,14 +129,29 @@ class Network:
         """
         device = self.policy.device
         inner = self.policy.network.model
-        x = nn.functional.embedding(packed.ids.to(device), inner.embed_tokens.weight)
+        x = self.embed(packed.ids.to(device))
         cos, sin = self.angles(packed.positions.to(device), x)
         for layer in self.layers:
             if self.checkpoint_layers and torch.is_grad_enabled():
                 x = checkpoint(self._layer, layer, x, cos, sin, packed.nodes, use_reentrant=False)
             else:
                 x = self._layer(layer, x, cos, sin, packed.nodes, keep)
-        return rms_norm(x, inner.norm.weight, self.eps)
+        return rms_norm(x, self.norm_weight(inner.norm), self.eps)
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """What the first layer reads for ``ids`` ``(tokens,)``: ``(tokens, width)``."""
+        table = self.policy.network.model.embed_tokens
+        x = nn.functional.embedding(ids, table.weight)
+        return x * table.embed_scale.to(x.dtype) if self.gemma else x
+
+    def norm_weight(self, norm: Any) -> Tensor:
+        """What a norm multiplies by, ``(width,)``."""
+        weight: Tensor = norm.weight
+        return 1.0 + weight.float() if self.gemma else weight
+
+    def gated(self, gate: Tensor, up: Tensor) -> Tensor:
+        """The gated unit's product, both ``(tokens, inner width)``."""
+        return nn.functional.gelu(gate, approximate="tanh") * up if self.gemma else swiglu(gate, up)
 
     def angles(self, positions: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """Cosine and sine ``(tokens, 1, size)`` at ``positions`` ``(tokens,)``, in the type of ``like``."""
@@ -155,7 +178,7 @@ class Network:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """``(tokens, heads, size)`` and twice ``(tokens, key heads, size)``, positions applied."""
         attention = layer.self_attn
-        normed = rms_norm(x, layer.input_layernorm.weight, self.eps)
+        normed = rms_norm(x, self.norm_weight(layer.input_layernorm), self.eps)
         q = linear(attention.q_proj, normed).view(-1, self.heads, self.size)
         k = linear(attention.k_proj, normed).view(-1, self.key_heads, self.size)
         v = linear(attention.v_proj, normed).view(-1, self.key_heads, self.size)
@@ -167,8 +190,8 @@ class Network:
     def after_attention(self, layer: Any, x: Tensor, attended: Tensor) -> Tensor:
         """The rest of a layer: output projection, residual, and the gated feed-forward part."""
         x = x + linear(layer.self_attn.o_proj, attended.reshape(len(x), -1))
-        normed = rms_norm(x, layer.post_attention_layernorm.weight, self.eps)
-        inner = swiglu(linear(layer.mlp.gate_proj, normed), linear(layer.mlp.up_proj, normed))
+        normed = rms_norm(x, self.norm_weight(layer.post_attention_layernorm), self.eps)
+        inner = self.gated(linear(layer.mlp.gate_proj, normed), linear(layer.mlp.up_proj, normed))
         return x + linear(layer.mlp.down_proj, inner)
 
 
