@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
+from corrigible.align import ALGORITHMS, GroupSource, TrainConfig, Trainer
 from corrigible.align.attribution import (
     CAUSES,
     Attribution,
@@ -27,6 +31,7 @@ from corrigible.align.attribution import (
     trace_generation,
 )
 from corrigible.errors import BadInputError
+from corrigible.events import EventBus, Metric
 from corrigible.models import (
     Generation,
     LanguagePolicy,
@@ -37,6 +42,7 @@ from corrigible.models import (
     to_episode,
 )
 from corrigible.records import Episode, FinishReason, Message, Sampling, Step
+from corrigible.rewards.signals import Scores
 
 PROMPTS = [[{"role": "user", "content": f"Say {word}."}] for word in ("amber", "birch", "cedar", "delta")]
 
@@ -367,3 +373,35 @@ def test_a_failed_answer_has_no_trace() -> None:
     failed = Generation((1, 2), (), "", (), (), FinishReason.error, 0, "too long")
     with pytest.raises(BadInputError, match=r"empty_answer.*too long"):
         trace_generation(failed)
+
+
+# -- in the trainer -------------------------------------------------------------------------------
+
+
+def test_every_step_of_a_run_is_attributed(policy: LanguagePolicy, tmp_path: Path) -> None:
+    """On the policy's own answers the first step has no log-ratio; every update adds staleness alone."""
+    groups = generate(policy, PROMPTS, n=3, sampling=Sampling(max_tokens=12), seed=2)
+    source = GroupSource(groups, [Scores(np.arange(3.0)) for _ in groups])
+    rows = [trace_generation(answer) for group in groups for answer in group]
+    [version] = {name for row in rows for name in row.versions}
+    bus, seen = EventBus(), []
+    bus.subscribe(seen.append)
+    result = Trainer(
+        policy,
+        ALGORITHMS["grpo"],
+        source,
+        TrainConfig(steps=3, batch_size=4, lr=5e-3, schedule="constant", warmup=0, micro_batch_tokens=100),
+        out=tmp_path,
+        ledger=Ledger(rows, {version: score_with(policy)}),
+        bus=bus,
+    ).train()
+    history = [json.loads(line) for line in result.history.read_text().splitlines()]
+    ratios = [abs(row["off_policy/log_ratio"]) for row in history]
+    assert ratios[0] < 1e-5 < 1e-4 < ratios[1]
+    for row in history:
+        assert row["off_policy/log_ratio"] == pytest.approx(row["log_ratio"], abs=1e-5)
+        assert row["tokens/sampled"] == sum(len(answer.ids) for group in groups for answer in group)
+        assert row["tokens/behaviour_unknown"] == 0.0
+    assert min(row["off_policy/staleness_share"] for row in history[1:]) >= 0.9
+    intervals = [e for e in seen if isinstance(e, Metric) and e.interval is not None]
+    assert {e.name for e in intervals} >= {"train/off_policy/staleness", "train/off_policy/numerics"}

@@ -72,11 +72,18 @@ def check_examples(examples: Sequence[Example], end_ids: Collection[int]) -> Non
         end_ids: ids that end the policy's turn.
 
     Raises:
-        BadInputError: ``mask_of_ones``.
+        BadInputError: ``nothing_scored``, ``mask_of_ones``.
 
     Alerts: ``end_of_turn_unscored``, ``duplicate_examples``.
     """
     rows = [row for example in examples for row in example.rows]
+    silent = sum(not row.scored for row in rows)
+    if silent:
+        emit(Alert(name="nothing_scored", message=f"{silent} rows have nothing to learn from."))
+        raise BadInputError(
+            f"nothing_scored: in {silent} of {len(rows)} rows no token is learnt from.",
+            advice="Such an answer would count as certain: leave it out, or look at how it was masked.",
+        )
     without_prompt = sum(len(row.scored) > 1 and row.scored[0] <= 1 and _scores_all(row) for row in rows)
     if without_prompt:
         emit(Alert(name="mask_of_ones", message=f"{without_prompt} rows have no prompt."))
@@ -109,8 +116,6 @@ def _scores_all(row: Rendered) -> bool:
 
 def _never_ends(row: Rendered, end_ids: Collection[int]) -> bool:
     """Whether a written answer lacks its end of turn, or an end of turn follows it that is not scored."""
-    if not row.scored:
-        return False
     last = row.scored[-1]
     if last + 1 < len(row) and row.ids[last + 1] in end_ids:
         return True
@@ -197,7 +202,7 @@ class Watch:
         self._step = CLOSELY
         self._batch: list[tuple[Example, Sequence[Tensor], Sequence[Tensor] | None]] = []
         self._gradients: dict[int, Tensor] = {}
-        self._before: dict[str, tuple[int, Tensor]] = {}
+        self._before: list[tuple[nn.Parameter, Tensor, Tensor, Tensor]] = []
 
     def begin(self, step: int) -> None:
         """A batch begins, of step ``step`` (from 0)."""
@@ -386,13 +391,12 @@ class Watch:
                 "Load weights and attach adapters before the trainer is made.",
             )
         self._before.clear()
-        for name, master in self.masters.items():
+        for master in self.masters.values():
             if master.grad is None:
                 continue
             gradient = _some(master.grad)
-            place = int(gradient.abs().argmax())
-            if float(gradient[place]) != 0.0:
-                self._before[name] = (place, _some(master)[place].clone())
+            place = gradient.abs().argmax()
+            self._before.append((master, place, gradient[place], _some(master)[place].clone()))
 
     def after_update(self, rate: float) -> None:
         """The optimiser has stepped, with the learning rate ``rate``.
@@ -400,9 +404,15 @@ class Watch:
         Raises:
             NumericsError: ``weights_unchanged``: there was a gradient, and nothing moved.
         """
-        if self._before and all(
-            bool(_some(self.masters[name])[place] == before) for name, (place, before) in self._before.items()
-        ):
+        if not self._before:
+            return
+        gradient, before = (torch.stack([each[i] for each in self._before]) for i in (2, 3))
+        now = torch.stack([_some(master)[place] for master, place, _, _ in self._before])
+        # From 0 (a fresh adapter's second factor) even the smallest step leads away: it proves nothing
+        # where other weights could have moved.
+        large = (gradient != 0.0) & (before != 0.0)
+        asked = large if bool(large.any()) else gradient != 0.0
+        if bool(asked.any()) and not bool((asked & (now != before)).any()):
             alarm(
                 "weights_unchanged",
                 f"a step with learning rate {rate:.3g} moved none of the weights.",

@@ -224,19 +224,21 @@ def _load_pretrained(source: str, name: str, dtype: torch.dtype) -> tuple[Any, A
 
     logging.disable_progress_bar()
 
-    def load(**where: Any) -> tuple[Any, Any]:
+    def load(**where: Any) -> tuple[Any, Any, list[str]]:
         tokenizer = AutoTokenizer.from_pretrained(source, **where)
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, use_safetensors=True, **where)
-        return model, tokenizer
+        model, found = AutoModelForCausalLM.from_pretrained(
+            source, dtype=dtype, use_safetensors=True, output_loading_info=True, **where
+        )
+        return model, tokenizer, sorted(found["missing_keys"])
 
     try:
         try:
-            return load(local_files_only=True)
+            model, tokenizer, missing = load(local_files_only=True)
         except (OSError, ValueError):
             if Path(source).is_dir():
                 raise
             _ask_hub(name)  # not all of it is here
-            return load()
+            model, tokenizer, missing = load()
     except SafetensorError as error:
         raise BadInputError(
             f"The weights of {name} are corrupt: {error}", advice="Fetch or copy them again."
@@ -246,6 +248,13 @@ def _load_pretrained(source: str, name: str, dtype: torch.dtype) -> tuple[Any, A
         if Path(source).is_dir():
             raise BadInputError(f"{name} cannot be loaded: {first}") from error
         raise _not_to_be_had(name, first) from error
+    # transformers fills what is not there with random numbers and only logs it.
+    if missing:
+        raise BadInputError(
+            f"weights_incomplete: {name} lacks {len(missing)} tensors ({missing[0]}, ...).",
+            advice="The file was cut, or it is of another model: fetch or copy it again.",
+        )
+    return model, tokenizer
 
 
 def _ask_hub(name: str) -> None:
@@ -366,7 +375,7 @@ def _adapter_base(folder: Path) -> str:
 
 def _attach(policy: LanguagePolicy, folder: Path) -> None:
     import peft
-    from safetensors import SafetensorError
+    from safetensors import SafetensorError, safe_open
 
     if not (folder / "adapter_config.json").is_file():
         raise MissingError(
@@ -389,4 +398,14 @@ def _attach(policy: LanguagePolicy, folder: Path) -> None:
             f"The adapter in {folder} does not fit {policy.name}: {str(error).splitlines()[0]}",
             advice=f"It was made for {_adapter_base(folder)}.",
         ) from error
+    # PEFT leaves what is not in the file at its start, which does nothing, and only warns.
+    wanted = set(peft.get_peft_model_state_dict(model, save_embedding_layers=False))
+    with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
+        missing = sorted(wanted - set(file.keys()))
+    if missing:
+        raise BadInputError(
+            f"adapter_incomplete: the adapter in {folder} lacks {len(missing)} of {len(wanted)} tensors "
+            f"({missing[0]}, ...).",
+            advice="The file was cut, or belongs to another model: copy it again.",
+        )
     policy.model = model.eval()
