@@ -10,6 +10,8 @@
   are the sources of answers judged one by one, and of sampled answers with rewards.
 - ``reference``: log-probs under the frozen reference, once, before the first step.
 - ``trainer`` (settings in ``config``, files in ``checkpoint``, Ctrl-C in ``interrupts``): the loop.
+- ``watch``: what is checked at every step that no loss would show (docs/guides/faults.md).
+- ``attribution``: who wrote every trained token, and why the policy and its sampler disagree.
 - ``implicit_reward``: what a trained policy prefers, tested on comparisons it has not seen.
 - ``dpo``: pairs to policy version in one call.
 
