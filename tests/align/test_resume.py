@@ -197,14 +197,14 @@ def test_an_interrupt_while_the_reference_is_scored_keeps_what_was_scored(
 ) -> None:
     plain, calls, cut = RowScorer.__call__, [], []
 
-    def interrupted(self: RowScorer, *args: object, grad: bool = False) -> object:
+    def interrupted(self: RowScorer, *args: object, grad: bool = False, **options: object) -> object:
         if grad:  # a training step
-            return plain(self, *args, grad=grad)
+            return plain(self, *args, grad=grad, **options)
         calls.append(1)
         if len(calls) == 3 and not cut:
             cut.append(True)
             os.kill(os.getpid(), signal.SIGINT)
-        return plain(self, *args)
+        return plain(self, *args, **options)
 
     monkeypatch.setattr(RowScorer, "__call__", interrupted)
     with pytest.raises(Interrupted, match="what was scored is kept"):
