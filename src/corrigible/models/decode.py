@@ -257,11 +257,12 @@ class NetworkDecode:
         groups = network.heads // network.key_heads
         widths = [network.heads * network.size] + [network.key_heads * network.size] * 2
         for number, layer in enumerate(self.layers):
-            normed = _norm(x, layer.before, network.eps)
+            normed = _norm(x, layer.before, network.eps, self.policy.dtype)
             q, k, v = layer.qkv(normed).split(widths, dim=-1)  # type: ignore[no-untyped-call]
             q, k = q.view(count, -1, network.size), k.view(count, -1, network.size)
             if layer.q_norm is not None and layer.k_norm is not None:
-                q, k = _norm(q, layer.q_norm, network.eps), _norm(k, layer.k_norm, network.eps)
+                q = _norm(q, layer.q_norm, network.eps, q.dtype)
+                k = _norm(k, layer.k_norm, network.eps, k.dtype)
             q, k = _rotated(q, cos, sin), _rotated(k, cos, sin)
             keys, values = own[number, 0], own[number, 1]
             keys[rows, :, lengths] = k
@@ -269,10 +270,10 @@ class NetworkDecode:
             q = q.view(count, network.key_heads, groups, network.size)
             attended = shared.attend(number, q, keys[:count, :, :span], values[:count, :, :span], mask)
             x = x + layer.out(attended.view(count, -1))
-            normed = _norm(x, layer.after, network.eps)
+            normed = _norm(x, layer.after, network.eps, self.policy.dtype)
             gate, up = layer.gate_up(normed).chunk(2, dim=-1)
             x = x + layer.down(network.gated(gate, up))
-        return self.head(_norm(x, self.norm, network.eps))
+        return self.head(_norm(x, self.norm, network.eps, self.policy.dtype))
 
     def _grow(self) -> None:
         """Make room for every running sequence and one more token in each."""
@@ -400,12 +401,12 @@ def _rounded(length: int) -> int:
     return -(-length // ROUND) * ROUND
 
 
-def _norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def _norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
     wide = x.float()
     scale = torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + eps)
-    if weight.dtype != x.dtype:
-        return (wide * scale).mul_(weight).to(x.dtype)
-    return (wide * scale).to(x.dtype) * weight
+    if weight.dtype != dtype:
+        return (wide * scale).mul_(weight).to(dtype)
+    return (wide * scale).to(dtype) * weight
 
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

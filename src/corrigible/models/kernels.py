@@ -3,7 +3,7 @@
 Each is a function of tensors with the gradient written by hand, so that little is kept for it and
 little is written to memory: on a CPU the matrix products wait for memory, not the other way round.
 Sums run in float32 whatever the type of the inputs, and the results round where the plain network
-of transformers rounds. ``tests/models/test_kernels.py`` holds every one to a float64 oracle.
+of transformers rounds, or later. ``tests/models/test_kernels.py`` holds every one to a float64 oracle.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def _wide(x: Tensor) -> Tensor:
 
 class _RmsNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
         scale = (
             torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=_wide(x[:0]).dtype).square_()
             / x.shape[-1]
@@ -34,32 +34,32 @@ class _RmsNorm(torch.autograd.Function):
         scale = scale.add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, scale)
         normed: Tensor = x * scale
-        if x.dtype == weight.dtype:
-            return normed.to(x.dtype).mul_(weight)
-        return normed.mul_(weight).to(x.dtype)
+        if dtype == weight.dtype:
+            return normed.to(dtype).mul_(weight)
+        return normed.mul_(weight).to(dtype)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
         x, weight, scale = ctx.saved_tensors
         normed = x * scale
         grad_weight = None
         if ctx.needs_input_grad[1]:
-            wide = _wide(grad).reshape(-1, len(weight)), normed.reshape(-1, len(weight))
-            grad_weight = torch.einsum("tw,tw->w", *wide).to(weight.dtype)
+            grad_weight = (grad * normed).view(-1, len(weight)).sum(dim=0).to(weight.dtype)
         inner = _wide(grad) * weight
         along = (inner * normed).mean(dim=-1, keepdim=True)
-        return inner.sub_(normed.mul_(along)).mul_(scale).to(x.dtype), grad_weight, None
+        return inner.sub_(normed.mul_(along)).mul_(scale).to(x.dtype), grad_weight, None, None
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype | None = None) -> Tensor:
     """Root-mean-square norm (Zhang and Sennrich 2019): ``x / sqrt(mean(x²) + eps) · weight``.
 
     Args:
         x: ``(..., width)``.
-        weight: ``(width,)``; of a wider type than ``x``, the product with it is not rounded twice.
+        weight: ``(width,)``; of a wider type than the result, the product with it is not rounded twice.
         eps: added to the mean square.
+        dtype: of the result; that of ``x`` unless told otherwise.
     """
-    result: Tensor = _RmsNorm.apply(x, weight, eps)  # type: ignore[no-untyped-call]
+    result: Tensor = _RmsNorm.apply(x, weight, eps, dtype or x.dtype)  # type: ignore[no-untyped-call]
     return result
 
 
@@ -122,13 +122,16 @@ class _TreeAttention(torch.autograd.Function):
     Every node attends to itself causally; all that stands under a node attends to it fully. A
     token's output is the mean of its parts weighted by ``exp(lse of the part - lse of all)``, and
     since the gradient of softmax attention needs only the output and the log-sum-exp of all, each
-    part's backward call is given those.
+    part's backward call is given those. It all runs in float32: on a CPU that is no slower here, and
+    joining parts that were rounded would make a row's numbers depend on what it was packed with.
     """
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, nodes: Sequence[Node], scale: float) -> Tensor:
+        kept, dtype = (q, k, v), q.dtype
+        q, k, v = _wide(q), _wide(k), _wide(v)
         out = torch.empty_like(q)
-        total = torch.empty(q.shape[1], q.shape[0], dtype=_wide(q[:0]).dtype, device=q.device)
+        total = torch.empty(q.shape[1], q.shape[0], dtype=q.dtype, device=q.device)
         for node in nodes:
             part, lse = _flash(q, k, v, node.start, node.end, node.start, node.end, True, scale)
             out[node.start : node.end] = part
@@ -145,15 +148,18 @@ class _TreeAttention(torch.autograd.Function):
             place = out[node.end : node.below]
             place.copy_(place * keep + part * share)
             total[:, node.end : node.below] = both
-        ctx.save_for_backward(q, k, v, out, total)
+        out = out.to(dtype)
+        ctx.save_for_backward(*kept, out, total)
         ctx.nodes, ctx.scale = nodes, scale
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
-        q, k, v, out, total = ctx.saved_tensors
+        *kept, total = ctx.saved_tensors
+        dtype = kept[0].dtype
+        q, k, v, out = map(_wide, kept)
         grad_q, grad_k, grad_v = (torch.zeros_like(x) for x in (q, k, v))
-        grad = grad.contiguous()
+        grad = _wide(grad).contiguous()
         for node in ctx.nodes:
             spans = [(node.start, node.end, True)]
             if node.below > node.end:
@@ -175,7 +181,7 @@ class _TreeAttention(torch.autograd.Function):
                 grad_q[start:end] += parts[0][0].transpose(0, 1)
                 grad_k[node.start : node.end] += parts[1][0].transpose(0, 1)
                 grad_v[node.start : node.end] += parts[2][0].transpose(0, 1)
-        return grad_q, grad_k, grad_v, None, None
+        return grad_q.to(dtype), grad_k.to(dtype), grad_v.to(dtype), None, None
 
 
 def _heads(x: Tensor) -> Tensor:

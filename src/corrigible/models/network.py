@@ -136,13 +136,16 @@ class Network:
                 x = checkpoint(self._layer, layer, x, cos, sin, packed.nodes, use_reentrant=False)
             else:
                 x = self._layer(layer, x, cos, sin, packed.nodes, keep)
-        return rms_norm(x, self.norm_weight(inner.norm), self.eps)
+        return rms_norm(x, self.norm_weight(inner.norm), self.eps, self.policy.dtype)
 
     def embed(self, ids: Tensor) -> Tensor:
         """What the first layer reads for ``ids`` ``(tokens,)``: ``(tokens, width)``."""
         table = self.policy.network.model.embed_tokens
         x = nn.functional.embedding(ids, table.weight)
-        return x * table.embed_scale.to(x.dtype) if self.gemma else x
+        x = x * table.embed_scale.to(x.dtype) if self.gemma else x
+        # What the layers add to is float32 whatever the weights are: thirty roundings of it would be
+        # most of the difference between two ways to compute the same log-prob.
+        return x if x.dtype == torch.float64 else x.float()
 
     def norm_weight(self, norm: Any) -> Tensor:
         """What a norm multiplies by, ``(width,)``."""
@@ -154,8 +157,9 @@ class Network:
         return nn.functional.gelu(gate, approximate="tanh") * up if self.gemma else swiglu(gate, up)
 
     def angles(self, positions: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosine and sine ``(tokens, 1, size)`` at ``positions`` ``(tokens,)``, in the type of ``like``."""
-        cos, sin = self.policy.network.model.rotary_emb(like[None, :0], position_ids=positions[None])
+        """Cosine and sine ``(tokens, 1, size)`` at ``positions`` ``(tokens,)``, in the weights' type."""
+        like = like[None, :0].to(self.policy.dtype)
+        cos, sin = self.policy.network.model.rotary_emb(like, position_ids=positions[None])
         return cos[0].unsqueeze(1), sin[0].unsqueeze(1)
 
     def _layer(
@@ -178,7 +182,7 @@ class Network:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """``(tokens, heads, size)`` and twice ``(tokens, key heads, size)``, positions applied."""
         attention = layer.self_attn
-        normed = rms_norm(x, self.norm_weight(layer.input_layernorm), self.eps)
+        normed = rms_norm(x, self.norm_weight(layer.input_layernorm), self.eps, self.policy.dtype)
         q = linear(attention.q_proj, normed).view(-1, self.heads, self.size)
         k = linear(attention.k_proj, normed).view(-1, self.key_heads, self.size)
         v = linear(attention.v_proj, normed).view(-1, self.key_heads, self.size)
@@ -190,7 +194,8 @@ class Network:
     def after_attention(self, layer: Any, x: Tensor, attended: Tensor) -> Tensor:
         """The rest of a layer: output projection, residual, and the gated feed-forward part."""
         x = x + linear(layer.self_attn.o_proj, attended.reshape(len(x), -1))
-        normed = rms_norm(x, self.norm_weight(layer.post_attention_layernorm), self.eps)
+        weight = self.norm_weight(layer.post_attention_layernorm)
+        normed = rms_norm(x, weight, self.eps, self.policy.dtype)
         inner = self.gated(linear(layer.mlp.gate_proj, normed), linear(layer.mlp.up_proj, normed))
         return x + linear(layer.mlp.down_proj, inner)
 

@@ -62,7 +62,13 @@ class Packed:
         return len(self.ids)
 
 
-def pack(rows: Sequence[Rendered], *, share: bool = True, whole: bool = False) -> Packed:
+def pack(
+    rows: Sequence[Rendered],
+    *,
+    share: bool = True,
+    whole: bool = False,
+    groups: Sequence[int] | None = None,
+) -> Packed:
     """Lay rows out.
 
     Args:
@@ -70,10 +76,13 @@ def pack(rows: Sequence[Rendered], *, share: bool = True, whole: bool = False) -
         share: compute common beginnings once.
         whole: keep what follows a row's last scored token, which log-probs have no use for (the last
             scored token itself is predicted, never read).
+        groups: how many rows, one after the other, share among themselves only; all of them by
+            default. A group is laid out alike whatever stands beside it, and so its numbers are the
+            same to the last bit.
     """
     lengths = [_length(row, whole) for row in rows]
     cut = [np.asarray(row.ids[:length], dtype=np.int64) for row, length in zip(rows, lengths, strict=True)]
-    tree = _Tree(cut, share)
+    tree = _Tree(cut, share, groups or [len(rows)])
     places = tree.places
     read = [
         place[np.asarray(row.scored, dtype=np.int64) - 1] for row, place in zip(rows, places, strict=True)
@@ -94,7 +103,7 @@ def pack(rows: Sequence[Rendered], *, share: bool = True, whole: bool = False) -
 def packed_size(rows: Sequence[Rendered], *, share: bool = True, whole: bool = False) -> int:
     """Tokens that :func:`pack` would lay out."""
     cut = [np.asarray(row.ids[: _length(row, whole)], dtype=np.int64) for row in rows]
-    return sum(map(len, _Tree(cut, share).ids))
+    return sum(map(len, _Tree(cut, share, [len(rows)]).ids))
 
 
 def _length(row: Rendered, whole: bool) -> int:
@@ -102,9 +111,9 @@ def _length(row: Rendered, whole: bool) -> int:
 
 
 class _Tree:
-    """The prefix tree of some rows, depth first."""
+    """The prefix trees of some groups of rows, depth first."""
 
-    def __init__(self, rows: list[np.ndarray], share: bool) -> None:
+    def __init__(self, rows: list[np.ndarray], share: bool, groups: Sequence[int]) -> None:
         self.rows = rows
         self.ids: list[np.ndarray] = []
         self.positions: list[np.ndarray] = []
@@ -115,11 +124,15 @@ class _Tree:
             for index in range(len(rows)):
                 self._leaf(index, 0, [])
             return
-        # In lexical order rows that begin alike are neighbours, and what two rows have in common is
-        # the least that any neighbours between them have.
-        order = sorted(range(len(rows)), key=lambda index: rows[index].tolist())
-        common = [_common(rows[a], rows[b]) for a, b in itertools.pairwise(order)]
-        self._branch(order, common, 0, [])
+        first = 0
+        for size in groups:
+            # In lexical order rows that begin alike are neighbours, and what two rows have in common is
+            # the least that any neighbours between them have.
+            order = sorted(range(first, first + size), key=lambda index: rows[index].tolist())
+            common = [_common(rows[a], rows[b]) for a, b in itertools.pairwise(order)]
+            if order:
+                self._branch(order, common, 0, [])
+            first += size
 
     def _branch(self, order: list[int], common: list[int], depth: int, above: list[np.ndarray]) -> None:
         """Lay out rows (neighbours in lexical order, with ``depth`` tokens already laid out above)."""

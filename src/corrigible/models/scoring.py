@@ -65,7 +65,8 @@ class Scorer:
         """Log-probs of the scored tokens of every row of every example, in order, in one forward pass.
 
         Args:
-            examples: groups of rows; the grouping does not change the result.
+            examples: groups of rows that may share what they begin with. The numbers of a group do not
+                depend on the groups beside it, not in the last bit.
             grad: build the graph for a backward pass.
             temperature: of the distribution that the log-probs belong to.
 
@@ -88,14 +89,17 @@ class Scorer:
         entropy: bool = False,
     ) -> RowScores:
         """As a call, with the entropy at each scored position if asked for."""
-        rows = [row for group in examples for row in group]
+        rows, groups = _listed(examples)
         check_rows(self.policy, rows)
         if not 0.0 < temperature < float("inf"):
             raise BadInputError(
                 f"temperature is {temperature}.", advice="Log-probs need one above 0; 1 is the plain model."
             )
         with torch.set_grad_enabled(grad):
-            found = (self._plain if self.network is None else self._packed)(rows, temperature, entropy)
+            if self.network is None:
+                found = self._plain(rows, temperature, entropy)
+            else:
+                found = self._packed(rows, groups, temperature, entropy)
         lengths = [len(row.scored) for row in rows]
         _check_finite(found.logprobs, lengths)
         entropies = None if found.entropy is None else list(found.entropy.split_with_sizes(lengths))
@@ -108,10 +112,10 @@ class Scorer:
             BadInputError: no rows, or a row without tokens, too long, or outside the vocabulary.
             NumericsError: the model gives NaN or an infinite value.
         """
-        rows = [row for group in examples for row in group]
+        rows, groups = _listed(examples)
         check_rows(self.policy, rows, scored=False)
         with torch.set_grad_enabled(grad):
-            found = self._last_states(rows)
+            found = self._last_states(rows, groups)
         finite = found.detach().isfinite().all(dim=-1)
         if not bool(finite.all()):
             raise NumericsError(
@@ -121,20 +125,20 @@ class Scorer:
 
     # -- the two paths ------------------------------------------------------------------------
 
-    def _packed(self, rows: Rows, temperature: float, entropy: bool) -> Scores:
+    def _packed(self, rows: Rows, groups: list[int], temperature: float, entropy: bool) -> Scores:
         assert self.network is not None
-        packed = pack(rows, share=self.share)
+        packed = pack(rows, share=self.share, groups=groups)
         device = self.policy.device
         states = self.network.hidden(packed).index_select(0, packed.read.to(device))
         return self._score(states, packed.targets.to(device), temperature, entropy)
 
-    def _last_states(self, rows: Rows) -> Tensor:
+    def _last_states(self, rows: Rows, groups: list[int]) -> Tensor:
         device = self.policy.device
         if self.network is not None:
-            packed = pack(rows, share=self.share, whole=True)
+            packed = pack(rows, share=self.share, whole=True, groups=groups)
             return self.network.hidden(packed).index_select(0, packed.last.to(device)).float()
         if self.one_by_one and len(rows) > 1:
-            return torch.cat([self._last_states([row]) for row in rows])
+            return torch.cat([self._last_states([row], [1]) for row in rows])
         ids, _ = _padded([row.ids for row in rows])
         states = self.policy.hidden_states(ids.to(device))
         last = torch.tensor([len(row) - 1 for row in rows], device=device)
@@ -176,6 +180,12 @@ class Scorer:
         return Scores(
             every.gather(-1, targets[:, None])[:, 0], -(every * every.exp()).sum(dim=-1) if entropy else None
         )
+
+
+def _listed(examples: Iterable[Rows]) -> tuple[list[Rendered], list[int]]:
+    """All rows, one after the other, and how many each example has."""
+    groups = [list(rows) for rows in examples]
+    return [row for rows in groups for row in rows], [len(rows) for rows in groups]
 
 
 def check_rows(policy: LanguagePolicy, rows: Rows, *, scored: bool = True) -> None:
