@@ -98,6 +98,8 @@ def test_a_long_prompt_loses_the_same_tokens_on_both_sides(
         ("empty_completion", {"chosen": (Message(role="assistant", content="  "),)}),
         ("empty_completion", {"rejected": ()}),
         ("too_long", {"chosen": (Message(role="assistant", content="y" * 400),)}),
+        # It fits, but with next to nothing of its prompt.
+        ("too_long", {"chosen": (Message(role="assistant", content="y" * 124),)}),
         ("bad_weight", {"weight": 0.0}),
         ("bad_weight", {"weight": float("nan")}),
         ("bad_label", {"p_chosen": 1.5}),

@@ -252,6 +252,29 @@ def row_key(row: Rendered) -> bytes:
     return hashlib.sha256(ids.tobytes() + b"|" + scored.tobytes()).digest()
 
 
+LEAST_PROMPT = 8
+"""Fewer prompt tokens than this are no prompt any more: an answer so long is left out, not trained on blindly."""
+
+
+def fitted(row: Rendered, renderer: Renderer, length: int) -> Rendered:
+    """The row without its oldest prompt tokens, at most ``length`` tokens long.
+
+    Raises:
+        Unusable: ``too_long``: the response alone, or with less than :data:`LEAST_PROMPT` tokens of its prompt.
+    """
+    try:
+        cut = renderer.fit(row, length, "truncate_prompt")
+    except BadInputError as error:
+        raise Unusable("too_long", error.message, advice="Raise max_length.") from error
+    if cut.dropped > row.dropped and cut.scored[0] < LEAST_PROMPT:
+        raise Unusable(
+            "too_long",
+            f"the response leaves room for {cut.scored[0]} of {row.scored[0]} prompt tokens",
+            advice="Raise max_length.",
+        )
+    return cut
+
+
 def _example(pair: Pair, renderer: Renderer, max_length: int, episodes: Mapping[str, Episode]) -> PairExample:
     if not 0.0 <= pair.p_chosen <= 1.0:
         raise Unusable("bad_label", f"p_chosen is {pair.p_chosen}, not in [0, 1]")
@@ -268,12 +291,7 @@ def _example(pair: Pair, renderer: Renderer, max_length: int, episodes: Mapping[
     if shared != rejected.scored[0] or chosen.ids[:shared] != rejected.ids[:shared]:
         raise Unusable("prompts_differ", "the two sides do not begin with the same prompt tokens")
     cut = max(0, max(len(chosen), len(rejected)) - max_length)
-    try:
-        chosen, rejected = (
-            renderer.fit(row, len(row) - cut, "truncate_prompt") for row in (chosen, rejected)
-        )
-    except BadInputError as error:
-        raise Unusable("too_long", error.message, advice="Raise max_length.") from error
+    chosen, rejected = (fitted(row, renderer, len(row) - cut) for row in (chosen, rejected))
     return PairExample(
         rows=(chosen, rejected),
         p_chosen=pair.p_chosen,

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from corrigible.align.sources import Unusable, epoch_batch, render_all, response_row, row_key
+from corrigible.align.sources import Unusable, epoch_batch, fitted, render_all, response_row, row_key
 from corrigible.errors import BadInputError
 from corrigible.events import Alert, emit
 from corrigible.models import Rendered, Renderer
@@ -170,8 +170,5 @@ def _example(
     if not 0.0 < one.weight < float("inf"):
         raise Unusable("bad_weight", f"weight is {one.weight}, not a positive number")
     row, _ = response_row(one.prompt, one.response, renderer, episodes.get(one.episode or ""), "the answer")
-    try:
-        row = renderer.fit(row, max_length, "truncate_prompt")
-    except BadInputError as error:
-        raise Unusable("too_long", error.message, advice="Raise max_length.") from error
+    row = fitted(row, renderer, max_length)
     return UnpairedExample((row,), one.desirable, one.weight, one.group, one.derived_from, row.dropped)
