@@ -253,14 +253,15 @@ def row_key(row: Rendered) -> bytes:
 
 
 LEAST_PROMPT = 8
-"""Fewer prompt tokens than this are no prompt any more: an answer so long is left out, not trained on blindly."""
+"""Fewer prompt tokens than this are no prompt any more: an answer so long is left out."""
 
 
 def fitted(row: Rendered, renderer: Renderer, length: int) -> Rendered:
     """The row without its oldest prompt tokens, at most ``length`` tokens long.
 
     Raises:
-        Unusable: ``too_long``: the response alone, or with less than :data:`LEAST_PROMPT` tokens of its prompt.
+        Unusable: ``too_long``: the response alone, or with less than
+            :data:`LEAST_PROMPT` tokens of its prompt.
     """
     try:
         cut = renderer.fit(row, length, "truncate_prompt")

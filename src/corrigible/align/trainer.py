@@ -49,6 +49,9 @@ from corrigible.events import Alert, Artefact, EventBus, Message, Metric, Progre
 from corrigible.files import storage_errors, write_atomically
 from corrigible.models import LanguagePolicy, Rendered
 
+UPDATED_TOGETHER = 8 << 20
+"""Weights whose gradients are widened to float32 at the same time."""
+
 
 @dataclass(frozen=True)
 class TrainResult:
@@ -169,6 +172,7 @@ class Trainer:
             betas=self.config.betas,
             eps=self.config.eps,
             weight_decay=self.config.weight_decay,
+            fused=True,
         )
         self.watch = Watch(policy, self.parameters, self.masters)
         self._scored: list[tuple[Rendered, Tensor]] = []
@@ -355,11 +359,7 @@ class Trainer:
         self.watch.begin(step)
         metrics = self.accumulate(examples)
         metrics |= self._attribute(step)
-        for name, parameter in self.parameters.items():
-            master = self.masters[name]
-            if master is not parameter and parameter.grad is not None:
-                master.grad = parameter.grad.float()
-        norm = float(nn.utils.clip_grad_norm_(self.masters.values(), self.config.max_grad_norm))
+        norm = self._gradient_norm()
         if not math.isfinite(norm):
             alarm(
                 "gradient_not_finite",
@@ -376,13 +376,8 @@ class Trainer:
         for group in self.optimiser.param_groups:
             group["lr"] = rate
         self.watch.before_update()
-        self.optimiser.step()
+        self._update(min(1.0, self.config.max_grad_norm / (norm + 1e-6)))
         self.watch.after_update(rate)
-        for name, parameter in self.parameters.items():
-            if self.masters[name] is not parameter:
-                with torch.no_grad():
-                    parameter.copy_(self.masters[name])
-        self._clear_gradients()
         seconds = time.monotonic() - began
         tokens = sum(len(row) for example in examples for row in example.rows)
         return metrics | {
@@ -391,6 +386,39 @@ class Trainer:
             "examples": float(len(examples)),
             "tokens_per_second": tokens / max(seconds, 1e-9),
         }
+
+    def _gradient_norm(self) -> float:
+        """Length of all gradients together, summed in float32 or wider."""
+        norms = [
+            torch.linalg.vector_norm(p.grad, dtype=self.masters[name].dtype)
+            for name, p in self.parameters.items()
+            if p.grad is not None
+        ]
+        return float(torch.linalg.vector_norm(torch.stack(norms))) if norms else 0.0
+
+    @torch.no_grad()
+    def _update(self, scale: float) -> None:
+        """Step the optimiser with the gradients times ``scale``, and clear them.
+
+        A few parameters at a time, so that float32 copies exist of a few gradients only.
+        """
+        gradients = {name: p.grad for name, p in self.parameters.items() if p.grad is not None}
+        self._clear_gradients()
+        names: list[str] = []
+        size = 0
+        for number, name in enumerate(list(gradients), start=1):
+            names.append(name)
+            size += gradients[name].numel()
+            if size < UPDATED_TOGETHER and number < len(gradients):
+                continue
+            for each in names:
+                self.masters[each].grad = gradients.pop(each).to(self.masters[each].dtype).mul_(scale)
+            self.optimiser.step()
+            for each in names:
+                self.masters[each].grad = None
+                if self.masters[each] is not self.parameters[each]:
+                    self.parameters[each].copy_(self.masters[each])
+            names, size = [], 0
 
     def _clear_gradients(self) -> None:
         for name, parameter in self.parameters.items():

@@ -391,10 +391,11 @@ class Watch:
                 "Load weights and attach adapters before the trainer is made.",
             )
         self._before.clear()
-        for master in self.masters.values():
-            if master.grad is None:
+        for name, master in self.masters.items():
+            found = self.parameters[name].grad
+            if found is None:
                 continue
-            gradient = _some(master.grad)
+            gradient = _some(found)
             place = gradient.abs().argmax()
             self._before.append((master, place, gradient[place], _some(master)[place].clone()))
 
