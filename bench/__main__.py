@@ -1,6 +1,6 @@
 """Run the benchmarks one after another and keep what they say in RESULTS.json and RESULTS.md.
 
-    python -m bench                        # all, three runs each (make bench)
+    python -m bench                        # all, five runs each (make bench)
     python -m bench store --runs 5         # one of them
     python -m bench update/dpo update/kto  # several
     python -m bench --quick                # small sizes, once, only printed: does it still run?
@@ -89,6 +89,39 @@ BENCHMARKS = (
         "--steps",
         "3",
     ),
+    Benchmark(
+        "head",
+        "Output layer and log-probs, forward and backward: TRL's on every position, as on a CPU, over "
+        "this one on the trained positions.",
+        "faster_than_trl",
+        ("-m", "bench.head"),
+        ("-m", "bench.head", "--quick"),
+        compares=True,
+    ),
+    Benchmark(
+        "roofline",
+        "A whole DPO update of all weights at 2,048 packed tokens: the products that the mathematics needs, "
+        "over what the machine's measured bfloat16 matmul rate would do in that time.",
+        "share_of_matmul_rate",
+        ("-m", "bench.roofline"),
+        ("-m", "bench.roofline", "--quick"),
+        compares=True,
+    ),
+    *(
+        Benchmark(
+            f"generate/{case}",
+            f"New tokens per second over transformers' generate: {what}.",
+            "faster_than_transformers",
+            ("-m", "bench.generate", "--case", case),
+            ("-m", "bench.generate", "--case", case, "--quick"),
+            compares=True,
+        )
+        for case, what in (
+            ("equal", "32 prompts of equal length, 64 tokens each"),
+            ("uneven", "96 real prompts, answers as long as the model makes them, 32 at a time"),
+            ("group8", "8 answers to each of 4 prompts"),
+        )
+    ),
 )
 
 
@@ -141,7 +174,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         prog="python -m bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(b.name for b in BENCHMARKS))
-    parser.add_argument("--runs", type=int, default=3, help="runs of each (default 3)")
+    parser.add_argument("--runs", type=int, default=5, help="runs of each (default 5)")
     parser.add_argument("--quick", action="store_true", help="small sizes, one run, nothing written")
     options = parser.parse_args(arguments)
     known = {benchmark.name: benchmark for benchmark in BENCHMARKS}

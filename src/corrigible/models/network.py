@@ -9,12 +9,14 @@ disagree, or whose architecture is not known here, keeps to the plain path, whic
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from corrigible.errors import BadInputError
 from corrigible.events import Message, emit
 from corrigible.models.kernels import rms_norm, rotate, swiglu, tree_attention
 from corrigible.models.packing import Node, Packed, pack
@@ -137,6 +139,32 @@ class Network:
             else:
                 x = self._layer(layer, x, cos, sin, packed.nodes, keep)
         return rms_norm(x, self.norm_weight(inner.norm), self.eps, self.policy.dtype)
+
+    def states(self, packed: Packed, layers: Sequence[int]) -> list[Tensor]:
+        """Hidden states ``(tokens, width)`` float32 after some layers, no deeper than the deepest asked for.
+
+        Args:
+            packed: the tokens.
+            layers: how many layers to have gone through; 0 is the embedding, and the number of all layers,
+                or -1, the last one with the final norm applied (as transformers counts its hidden states).
+        """
+        depth = len(self.layers)
+        wanted = [layer if layer >= 0 else depth + 1 + layer for layer in layers]
+        if not all(0 <= layer <= depth for layer in wanted):
+            raise BadInputError(
+                f"layers are {list(layers)}; {self.policy.name} has {depth}.",
+                advice=f"Use 0 to {depth}, or -1.",
+            )
+        if max(wanted) == depth:
+            last = self.hidden(packed).float()
+            if set(wanted) == {depth}:
+                return [last] * len(wanted)
+        x = self.embed(packed.ids.to(self.policy.device))
+        cos, sin = self.angles(packed.positions.to(self.policy.device), x)
+        found = {0: x}
+        for number, layer in enumerate(self.layers[: max(w for w in wanted if w < depth)], start=1):
+            x = found[number] = self._layer(layer, x, cos, sin, packed.nodes)
+        return [last if layer == depth else found[layer].float() for layer in wanted]
 
     def embed(self, ids: Tensor) -> Tensor:
         """What the first layer reads for ``ids`` ``(tokens,)``: ``(tokens, width)``."""

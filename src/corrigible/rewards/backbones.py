@@ -22,6 +22,7 @@ from corrigible.rewards.texts import response_text, transcript
 
 if TYPE_CHECKING:
     from corrigible.models import LanguagePolicy
+    from corrigible.models.network import Network
     from corrigible.records import Message
 
 ENCODERS = ("minilm",)
@@ -89,6 +90,7 @@ class Backbone:
         self.kind = kind
         self.renderer = renderer
         self.policy = policy
+        self.network = _network_of(policy) if kind == "causal" and policy is not None else None
         self.width = int(module.config.hidden_size)  # type: ignore[union-attr, arg-type]
         self.pad_id = int(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0)
         limit = getattr(module.config, "max_position_embeddings", None)
@@ -177,7 +179,29 @@ class Backbone:
     # -- vectors ------------------------------------------------------------------------------------
 
     def pooled(self, rows: Sequence[Encoded], config: RewardConfig) -> Tensor:
-        """(n, width·layers) float32 for sequences read in one padded batch."""
+        """(n, width·layers) float32 for sequences read in one batch; packed where the model allows it."""
+        if self.network is None:
+            return self._pooled_padded(rows, config)
+        from corrigible.models import Rendered
+        from corrigible.models.packing import pack
+
+        # Nothing is shared between rows: a vector must not depend on what it was read with.
+        rendered = [Rendered.from_tokens(row.ids[: row.start], row.ids[row.start :]) for row in rows]
+        packed = pack(rendered, share=False, whole=True)
+        states = self.network.states(packed, config.layers)
+        vectors = []
+        for row, places in zip(rows, packed.places, strict=True):
+            begin = int(places[0])
+            start, end = {
+                "mean": (0, len(row.ids)),
+                "response_mean": (row.start, row.end),
+                "last": (len(row.ids) - 1, len(row.ids)),
+                "first": (0, 1),
+            }[config.pooling]
+            vectors.append(torch.cat([state[begin + start : begin + end].mean(dim=0) for state in states]))
+        return torch.stack(vectors)
+
+    def _pooled_padded(self, rows: Sequence[Encoded], config: RewardConfig) -> Tensor:
         device = self.device
         longest = max(len(row.ids) for row in rows)
         ids = torch.full((len(rows), longest), self.pad_id, dtype=torch.long)
@@ -229,6 +253,12 @@ class Backbone:
         return joined[back.to(joined.device)[torch.tensor(places, device=joined.device)]]
 
 
+def _network_of(policy: LanguagePolicy) -> Network | None:
+    from corrigible.models.network import Network
+
+    return Network.of(policy)
+
+
 def token_batches(lengths: Sequence[int], order: Sequence[int], budget: int) -> Iterator[list[int]]:
     """Cut ``order`` (ascending ``lengths``) into batches of at most ``budget`` padded tokens."""
     batch: list[int] = []
@@ -255,7 +285,7 @@ def load_backbone(config: RewardConfig, *, device: str = "auto") -> Backbone:
             raise BadInputError("LoRA is for causal backbones.", advice='Use tune="full" with an encoder.')
         encoder = load_encoder(config.backbone, device=device)
         return Backbone(config.backbone, encoder.model, encoder.tokenizer, kind="encoder")
-    policy = load_policy(config.backbone, device=device, dtype="float32")
+    policy = load_policy(config.backbone, device=device, dtype=config.dtype)
     if config.tune == "lora":
         policy.add_lora(rank=config.lora_rank, alpha=2 * config.lora_rank, seed=config.seed)
     return causal_backbone(config.backbone, policy)

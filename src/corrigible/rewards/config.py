@@ -5,11 +5,14 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
+import torch
+
 from corrigible.errors import BadInputError
 from corrigible.rewards.features import FEATURES
 
 TUNES = ("frozen", "full", "lora")
 TEXTS = ("response", "prompt+response", "prompt*response")
+DTYPES = ("float32", "bfloat16")
 POOLINGS = ("mean", "response_mean", "last", "first")
 
 
@@ -32,6 +35,8 @@ class RewardConfig:
             confounds too: a model with "log_chars" is allowed to like length).
         max_length: tokens per text. The prompt's beginning is cut first, then the response's end; how many
             texts were cut is reported.
+        dtype: of a frozen causal backbone's weights, which the fitted head belongs to; everything else is
+            float32.
         labels: "votes" trains on the share of judges for each side, "majority" on its rounding.
         weights: "votes" lets a pair count as often as it was judged, "equal" once.
         epochs, learning_rate, head_learning_rate, batch_pairs, weight_decay, warmup: AdamW for "full" and
@@ -59,6 +64,7 @@ class RewardConfig:
     layers: tuple[int, ...] = (-1,)
     features: tuple[str, ...] = ("log_chars", "log_words")
     max_length: int = 256
+    dtype: Literal["float32", "bfloat16"] = "float32"
     labels: Literal["votes", "majority"] = "votes"
     weights: Literal["votes", "equal"] = "votes"
     epochs: int = 3
@@ -80,7 +86,7 @@ class RewardConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, allowed in (("tune", TUNES), ("text", TEXTS), ("pooling", POOLINGS)):
+        for name, allowed in (("tune", TUNES), ("text", TEXTS), ("pooling", POOLINGS), ("dtype", DTYPES)):
             if getattr(self, name) not in allowed:
                 raise BadInputError(
                     f"{name} is {getattr(self, name)!r}.", advice=f"Choose one of {', '.join(allowed)}."
@@ -97,6 +103,8 @@ class RewardConfig:
             )
         if self.text == "response" and self.pooling == "response_mean":
             object.__setattr__(self, "pooling", "mean")
+        if self.tune != "frozen" or self.backbone == "minilm":
+            object.__setattr__(self, "dtype", "float32")
         if self.tune == "lora" and self.backbone == "minilm":
             raise BadInputError("LoRA is for causal backbones.", advice='Use tune="full" with minilm.')
         if not self.layers:
@@ -122,8 +130,15 @@ class RewardConfig:
         """Settings that suit a backbone where they differ from the defaults ("" is the default backbone)."""
         if backbone in ("", "minilm"):
             return {}
+        from corrigible.models import preferred_dtype
+
+        dtype = "bfloat16" if preferred_dtype() == torch.bfloat16 else "float32"
+        if backbone == "smollm2-135m":
+            # The middle of its thirty layers says more about an answer than the end, which is about the
+            # next token; and the mean over the answer more than its last token (guides/real-data).
+            return {"text": "prompt+response", "pooling": "response_mean", "layers": (14,), "dtype": dtype}
         # A causal model's last token has seen everything before it.
-        return {"text": "prompt+response", "pooling": "last"}
+        return {"text": "prompt+response", "pooling": "last", "dtype": dtype}
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

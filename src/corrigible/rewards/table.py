@@ -21,7 +21,7 @@ from corrigible.rewards.backbones import Backbone, Example
 from corrigible.rewards.config import RewardConfig
 
 PIECE = 64
-READ_BY = ("text", "pooling", "layers", "features", "max_length")
+READ_BY = ("text", "pooling", "layers", "features", "max_length", "dtype")
 
 
 class FeatureTable:
@@ -29,7 +29,7 @@ class FeatureTable:
 
     Args:
         backbone: the reader; its weights must not change while the table is used.
-        config: its reading settings (text, pooling, layers, features, max_length) must stay as they are.
+        config: its reading settings (:data:`READ_BY`) must stay as they are.
         directory: where pieces are kept; None keeps them in memory only.
     """
 
