@@ -82,7 +82,11 @@ def reward(
         False, "--learning-curve", help="Also train on 10, 25 and 50 % of the training data."
     ),
     backbone: str = typer.Option(
-        "", "--backbone", "-b", help="minilm, or a causal model such as smollm2-135m.", show_default=False
+        "",
+        "--backbone",
+        "-b",
+        help="smollm2-135m (the default), another causal model, or minilm (quicker).",
+        show_default=False,
     ),
     tune: str = typer.Option(
         "",

@@ -12,6 +12,9 @@ from corrigible.rewards.features import FEATURES
 
 TUNES = ("frozen", "full", "lora")
 TEXTS = ("response", "prompt+response", "prompt*response")
+BEST_BACKBONE = "smollm2-135m"
+"""What `corrigible train reward` takes: the best measured on human comparisons (guides/real-data)."""
+
 DTYPES = ("float32", "bfloat16")
 POOLINGS = ("mean", "response_mean", "last", "first")
 
@@ -127,18 +130,20 @@ class RewardConfig:
 
     @staticmethod
     def preset(backbone: str) -> dict[str, Any]:
-        """Settings that suit a backbone where they differ from the defaults ("" is the default backbone)."""
-        if backbone in ("", "minilm"):
+        """Settings that suit a backbone where they differ from the defaults ("" is the best one measured)."""
+        backbone = backbone or BEST_BACKBONE
+        if backbone == "minilm":
             return {}
         from corrigible.models import preferred_dtype
 
         dtype = "bfloat16" if preferred_dtype() == torch.bfloat16 else "float32"
+        shared = {"backbone": backbone, "text": "prompt+response", "dtype": dtype}
         if backbone == "smollm2-135m":
-            # The middle of its thirty layers says more about an answer than the end, which is about the
-            # next token; and the mean over the answer more than its last token (guides/real-data).
-            return {"text": "prompt+response", "pooling": "response_mean", "layers": (14,), "dtype": dtype}
+            # Behind the middle of its thirty layers more is said about an answer than at the end, which is
+            # about the next token; and in the mean over the answer more than in its last token.
+            return {**shared, "pooling": "response_mean", "layers": (18,)}
         # A causal model's last token has seen everything before it.
-        return {"text": "prompt+response", "pooling": "last", "dtype": dtype}
+        return {**shared, "pooling": "last"}
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
