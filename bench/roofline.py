@@ -68,10 +68,10 @@ def main() -> None:
             rows += pair.rows
             chosen.append(pair)
     packed = pack(rows)
-    source = GivenExamples("pairs", [chosen] * (options.runs + 1))
+    source = GivenExamples("pairs", [chosen] * (options.runs + 2))
     with tempfile.TemporaryDirectory() as folder:
         config = TrainConfig(
-            steps=options.runs + 1, batch_size=len(chosen), lr=1e-6, micro_batch_tokens=1 << 20
+            steps=options.runs + 2, batch_size=len(chosen), lr=1e-6, micro_batch_tokens=1 << 20
         )
         trainer = Trainer(policy, get_algorithm("dpo"), source, config, out=Path(folder))
         trainer._prepare_reference()
