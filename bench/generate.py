@@ -25,7 +25,7 @@ import time
 from pathlib import Path
 
 import torch
-from bench.matmul import linear_seconds
+from bench.matmul import best
 from bench.pairs import real_batches
 
 from corrigible.models import LanguagePolicy, Rendered, RolloutEngine, load_policy
@@ -85,22 +85,27 @@ def ours(engine: RolloutEngine, prompts: list[list[int]], n: int, most: int, see
     return sum(len(answer.ids) for group in answers for answer in group)
 
 
-def bound(policy: LanguagePolicy, rows: int) -> float:
-    """Seconds that the weights' products of one decode step of ``rows`` sequences take."""
-    config = policy.network.config
-    layer = policy.network.model.layers[0]
-    shapes = [
-        (config.hidden_size, sum(p.weight.shape[0] for p in (a.q_proj, a.k_proj, a.v_proj)))
-        for a in [layer.self_attn]
-    ]
-    shapes += [
-        tuple(reversed(layer.self_attn.o_proj.weight.shape)),
-        (config.hidden_size, 2 * config.intermediate_size),
-        (config.intermediate_size, config.hidden_size),
-    ]
-    each = sum(linear_seconds(rows, inner, outer, policy.dtype) for inner, outer in shapes)
-    head = linear_seconds(rows, config.hidden_size, config.vocab_size, policy.dtype)
-    return each * config.num_hidden_layers + head
+def bound(policy: LanguagePolicy, rows: int, repeats: int = 8) -> float:
+    """Seconds of all products of weights in one decode step of ``rows`` sequences, every layer's own weights."""
+    from corrigible.models.decode import FusedLinear
+
+    products = []
+    for layer in policy.network.model.layers:
+        attention, mlp = layer.self_attn, layer.mlp
+        for modules in (
+            [attention.q_proj, attention.k_proj, attention.v_proj],
+            [attention.o_proj],
+            [mlp.gate_proj, mlp.up_proj],
+            [mlp.down_proj],
+        ):
+            fused = FusedLinear(modules, policy.dtype)
+            products.append((fused, torch.randn(rows, fused.weight.shape[1]).to(policy.dtype)))
+    head = policy.network.get_output_embeddings()
+    products.append(
+        (FusedLinear([head], policy.dtype), torch.randn(rows, head.weight.shape[1]).to(policy.dtype))
+    )
+    with torch.inference_mode():
+        return best(lambda: [product(x) for product, x in products], repeats)
 
 
 def main() -> None:

@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable
 
 import torch
-from torch import nn
 
 
 def seconds(work: Callable[[], object], repeats: int = 5) -> list[float]:
@@ -29,15 +28,3 @@ def matmul_rate(dtype: torch.dtype, size: int = 2048, repeats: int = 8) -> float
     """FLOP/s of the best square product of ``size``: the machine's measured rate."""
     a, b = torch.randn(size, size).to(dtype), torch.randn(size, size).to(dtype)
     return 2 * size**3 / best(lambda: a @ b, repeats)
-
-
-def linear_seconds(rows: int, inner: int, outer: int, dtype: torch.dtype, repeats: int = 8) -> float:
-    """Best time of one ``(rows, inner)`` by ``(outer, inner)`` product, the weights laid out beforehand."""
-    x, weight = torch.randn(rows, inner).to(dtype), torch.randn(outer, inner).to(dtype)
-    with torch.inference_mode():
-        plain = best(lambda: nn.functional.linear(x, weight), repeats)
-        if not hasattr(torch.ops.mkldnn, "_reorder_linear_weight"):
-            return plain
-        packed = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
-        apply = torch.ops.mkldnn._linear_pointwise
-        return min(plain, best(lambda: apply(x, packed, None, "none", [], ""), repeats))
