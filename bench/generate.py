@@ -86,7 +86,7 @@ def ours(engine: RolloutEngine, prompts: list[list[int]], n: int, most: int, see
 
 
 def bound(policy: LanguagePolicy, rows: int, repeats: int = 8) -> float:
-    """Seconds of all products of weights in one decode step of ``rows`` sequences, every layer's own weights."""
+    """Seconds of the weights' products in one decode step of ``rows`` sequences, each layer with its own."""
     from corrigible.models.decode import FusedLinear
 
     products = []
