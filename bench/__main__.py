@@ -117,7 +117,7 @@ BENCHMARKS = (
             compares=True,
         )
         for case, what in (
-            ("equal", "32 prompts of equal length, 64 tokens each"),
+            ("equal", "32 prompts of 64 tokens, 128 new tokens each"),
             ("uneven", "96 real prompts, answers as long as the model makes them, 32 at a time"),
             ("group8", "8 answers to each of 4 prompts"),
         )

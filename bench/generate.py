@@ -4,10 +4,10 @@
     python -m bench.generate --case uneven
     python -m bench.generate --case group8
 
-* ``equal``: 32 prompts of the same length, 64 new tokens each, none stops early.
+* ``equal``: 32 prompts of 64 tokens, 128 new tokens each, none stops early.
 * ``uneven``: 96 prompts as long as they are, an answer ends where the model ends it (at most 192 tokens),
   32 at a time. transformers runs three batches of 32, each until its longest answer ends.
-* ``group8``: 8 answers to each of 4 prompts, 64 tokens each. transformers gets
+* ``group8``: 8 answers to each of 4 prompts of 64 tokens, 128 new tokens each. transformers gets
   ``num_return_sequences=8``.
 
 Counted are the new tokens of answers, up to their end. Both sides sample from the same distribution with
@@ -31,18 +31,18 @@ from bench.pairs import real_batches
 from corrigible.models import LanguagePolicy, Rendered, RolloutEngine, load_policy
 from corrigible.records import Sampling
 
-CASES = {"equal": (32, 1, 64, False), "uneven": (96, 1, 192, True), "group8": (4, 8, 64, False)}
+CASES = {"equal": (32, 1, 128, False), "uneven": (96, 1, 192, True), "group8": (4, 8, 128, False)}
 """Prompts, answers to each, new tokens at most, and whether an answer may end by itself."""
 
 SLOTS = 32
 
 
 def prompts_for(policy: LanguagePolicy, count: int, equal: bool, data: Path | None) -> list[list[int]]:
-    """Token ids of real prompts; with ``equal`` their last 96 tokens, of prompts that have as many."""
+    """Token ids of real prompts; with ``equal`` their last 64 tokens, of prompts that have as many."""
     groups = [g for batch in real_batches(policy.renderer, data=data, batches=40) for g in batch]
     found = [list(group.prompt) for group in groups]
     if equal:
-        found = [ids[-96:] for ids in found if len(ids) >= 96]
+        found = [ids[-64:] for ids in found if len(ids) >= 64]
     return found[:count]
 
 
@@ -99,7 +99,7 @@ def bound(policy: LanguagePolicy, rows: int, repeats: int = 8) -> float:
             [mlp.down_proj],
         ):
             fused = FusedLinear(modules, policy.dtype)
-            products.append((fused, torch.randn(rows, fused.weight.shape[1]).to(policy.dtype)))
+            products.append((fused, torch.randn(rows, fused.inputs).to(policy.dtype)))
     head = policy.network.get_output_embeddings()
     products.append(
         (FusedLinear([head], policy.dtype), torch.randn(rows, head.weight.shape[1]).to(policy.dtype))

@@ -85,8 +85,8 @@ def reference_logprobs(
             with its adapter disabled.
         micro_batch_tokens: most tokens in one forward pass, padding included.
         cache: file to keep the result in; only used again for the same weights and rows.
-        behaviour_weights: sha256 of the weights of policy versions, by id. A row sampled by a
-            version whose weights are exactly the reference's takes its recorded log-probs.
+        behaviour_weights: sha256 of the weights of policy versions, by id. A row sampled in float32 by
+            a version whose weights are exactly the reference's takes its recorded log-probs.
         share_prompts: compute a prompt once for all its responses, where the model allows it.
         temperature: of the distribution that the log-probs belong to.
         check_stop: called between forward passes; may raise. What is done by then is kept in ``cache``.
@@ -98,8 +98,10 @@ def reference_logprobs(
     examples = list(examples)
     rows = {row_key(row): row for example in examples for row in example.rows}
     weights = reference_weights(policy, mode)
-    # Log-probs are recorded at temperature 1.
-    known = _recorded(examples, weights, behaviour_weights or {}) if temperature == 1.0 else {}
+    # Log-probs are recorded at temperature 1, and token by token: in float32 that is the same, but in
+    # bfloat16 a row may be tenths of a nat away from what training will compute for it.
+    exact = temperature == 1.0 and policy.dtype in (torch.float32, torch.float64)
+    known = _recorded(examples, weights, behaviour_weights or {}) if exact else {}
     recorded = len(known)
     if temperature != 1.0:
         weights = f"{weights} at temperature {temperature!r}"

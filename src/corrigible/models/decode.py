@@ -63,15 +63,15 @@ class FusedLinear:
                 row += up.shape[1]
             bias = torch.cat([bias, bias.new_zeros(rank)])
         self.bias = bias if bool(bias.any()) else None
-        self.weight = torch.cat([*weights, *downs]) if len(weights) + len(downs) > 1 else weights[0]
-        self.packed: Tensor | None = None
-        if self.weight.device.type == "cpu" and hasattr(torch.ops.mkldnn, "_reorder_linear_weight"):
-            self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight, ROUND)
+        weight = torch.cat([*weights, *downs]) if len(weights) + len(downs) > 1 else weights[0]
+        self.inputs = weight.shape[1]
+        self.packed = weight.device.type == "cpu" and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, ROUND) if self.packed else weight
 
     def __call__(self, x: Tensor) -> Tensor:
         """``(n, in)`` to ``(n, all outs)``."""
-        if self.packed is not None:
-            out: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
+        if self.packed:
+            out: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
         else:
             out = nn.functional.linear(x, self.weight, self.bias)
         if self.up is None:
@@ -95,11 +95,17 @@ class _Layer:
 
 @dataclass(slots=True)
 class _Slot:
-    """A running sequence: the prompt it continues, its row in the caches, and tokens after the prompt."""
+    """A running sequence: its row in the caches, and the tokens it has there.
 
-    prompt: int
+    A prompt that several sequences continue is held apart (``prompt`` is its number, ``before`` its
+    tokens); one that only this sequence continues stands in its own row, where it costs a step nothing.
+    """
+
     row: int
     length: int = 0
+    prompt: int | None = None
+    before: int = 0
+    copied: int | None = None
 
 
 @dataclass(slots=True)
@@ -171,39 +177,64 @@ class NetworkDecode:
         packed = pack(rows, whole=True)
         kept: list[tuple[Tensor, Tensor]] = []
         states = self.network.hidden(packed, keep=kept)
+        single: list[tuple[int, Tensor]] = []
         for places, members in zip(packed.places, slots, strict=True):
+            if len(members) == 1:
+                self._seat(members[0], None, len(places))
+                single.append((members[0], places))
+                continue
             cache = torch.stack([torch.stack([x[places].transpose(0, 1) for x in pair]) for pair in kept])
-            number, self.next_prompt = self.next_prompt, self.next_prompt + 1
-            self.prompts[number] = _Prompt(cache, set(members))
+            number = self._hold(cache)
             for slot in members:
-                self.slots[slot] = _Slot(number, len(self.order))
-                self.order.append(slot)
-        self.shared = None
+                self._seat(slot, number, 0)
         self._grow()
+        assert self.own is not None
+        for slot, places in single:
+            row = self.slots[slot].row
+            for own, pair in zip(self.own, kept, strict=True):
+                for cache, x in zip(own, pair, strict=True):
+                    cache[row, :, : len(places)] = x[places].transpose(0, 1)
         return self.head(states.index_select(0, packed.last))
+
+    def _hold(self, cache: Tensor) -> int:
+        number, self.next_prompt = self.next_prompt, self.next_prompt + 1
+        self.prompts[number] = _Prompt(cache)
+        return number
+
+    def _seat(self, slot: int, prompt: int | None, length: int) -> None:
+        """Give a sequence the next row; ``length`` tokens will stand there."""
+        before = 0
+        if prompt is not None:
+            self.prompts[prompt].slots.add(slot)
+            before = len(self.prompts[prompt])
+        self.slots[slot] = _Slot(len(self.order), length, prompt, before)
+        self.order.append(slot)
+        self.shared = None
 
     @torch.inference_mode()
     def fork(self, source: int, target: int, length: int) -> None:
         """Start ``target`` from the prompt of ``source`` (``length`` tokens); the same slot begins anew."""
-        own = self.slots[source]
-        assert len(self.prompts[own.prompt]) == length, "only a whole prompt is shared"
+        begun = self.slots[source]
+        assert begun.before in (0, length), "only a whole prompt is shared"
         if target == source:
-            own.length = 0
+            begun.length = 0 if begun.prompt is not None else length
             return
-        self.prompts[own.prompt].slots.add(target)
-        self.slots[target] = _Slot(own.prompt, len(self.order))
-        self.order.append(target)
-        self.shared = None
+        number = begun.prompt if begun.prompt is not None else begun.copied
+        if number not in self.prompts:
+            assert self.own is not None
+            number = begun.copied = self._hold(self.own[:, :, begun.row, :, :length].clone())
+        self._seat(target, number, 0)
         self._grow()
 
     @torch.inference_mode()
     def free(self, slot: int) -> None:
         """Forget a sequence; the last row of the caches takes its place."""
         gone = self.slots.pop(slot)
-        prompt = self.prompts[gone.prompt]
-        prompt.slots.discard(slot)
-        if not prompt.slots:
-            del self.prompts[gone.prompt]
+        if gone.prompt is not None:
+            prompt = self.prompts[gone.prompt]
+            prompt.slots.discard(slot)
+            if not prompt.slots:
+                del self.prompts[gone.prompt]
         last = self.order.pop()
         if last != slot:
             moved = self.slots[last]
@@ -246,7 +277,7 @@ class NetworkDecode:
         lengths = torch.tensor([self.slots[slot].length for slot in self.order])
         rows = torch.arange(count, device=device)
         x = network.embed(ids.to(device))
-        cos, sin = network.angles((shared.prompt_lengths + lengths).to(device), x)
+        cos, sin = network.angles((shared.before + lengths).to(device), x)
         span = _rounded(int(lengths.max()) + 1)
         hidden = torch.arange(span)[None] > lengths[:, None]
         mask = torch.zeros(count, 1, 1, shared.width + span)
@@ -300,54 +331,46 @@ class NetworkDecode:
 
 
 class _Shared:
-    """The prompts of all running sequences side by side, as long as nobody comes or goes.
+    """The prompts that several running sequences continue, side by side, as long as nobody comes or goes.
 
     Sequences of one prompt form a line of a grid ``(prompts, most answers)``, so that a prompt's keys
-    are read once for all its answers.
+    are read once for all its answers. Sequences with a prompt of their own have nothing here.
     """
 
     def __init__(self, decode: NetworkDecode) -> None:
         network, dtype, device = decode.network, decode.policy.dtype, decode.policy.device
         slots = [decode.slots[slot] for slot in decode.order]
-        numbers = list(dict.fromkeys(slot.prompt for slot in slots))
-        line = {number: index for index, number in enumerate(numbers)}
-        members: list[list[int]] = [[] for _ in numbers]
+        members: dict[int, list[int]] = {}
         for row, slot in enumerate(slots):
-            members[line[slot.prompt]].append(row)
-        self.lines, self.most = len(numbers), max(map(len, members))
-        lengths = [len(decode.prompts[number]) for number in numbers]
-        self.width = _rounded(max(lengths))
-        self.cache = torch.zeros(
-            len(decode.layers),
-            2,
-            self.lines * network.key_heads,
-            self.width,
-            network.size,
-            dtype=dtype,
-            device=device,
-        )
-        grouped = self.cache.view(
-            len(decode.layers), 2, self.lines, network.key_heads, self.width, network.size
-        )
-        for index, number in enumerate(numbers):
-            grouped[:, :, index, :, : lengths[index]] = decode.prompts[number].cache
-        self.prompt_lengths = torch.tensor([lengths[line[slot.prompt]] for slot in slots])
+            if slot.prompt is not None:
+                members.setdefault(slot.prompt, []).append(row)
+        self.before = torch.tensor([slot.before for slot in slots])
+        self.scale = network.scale
+        self.lines, self.most = len(members), max(map(len, members.values()), default=0)
+        self.width = _rounded(int(self.before.max())) if members else 0
         self.mask = torch.zeros(len(slots), 1, 1, self.width)
-        beyond = torch.arange(self.width)[None] >= self.prompt_lengths[:, None]
+        beyond = torch.arange(self.width)[None] >= self.before[:, None]
         self.mask.masked_fill_(beyond[:, None, None], float("-inf"))
+        if not members:
+            return
+        shape = (len(decode.layers), 2, self.lines, network.key_heads, self.width, network.size)
+        grouped = torch.zeros(shape, dtype=dtype, device=device)
         # Where each row stands in the grid, and which row stands at each place of it (0 where none does).
         grid = torch.zeros(self.lines, self.most, dtype=torch.long)
         where = torch.zeros(len(slots), dtype=torch.long)
-        for index, rows in enumerate(members):
+        for index, (number, rows) in enumerate(members.items()):
+            prompt = decode.prompts[number]
+            grouped[:, :, index, :, : len(prompt)] = prompt.cache
             for column, row in enumerate(rows):
                 grid[index, column] = row
                 where[row] = index * self.most + column
-        self.plain = self.most == 1
+        self.cache = grouped.flatten(2, 3)
         self.grid, self.where = grid.view(-1).to(device), where.to(device)
-        self.scale = network.scale
+        alone = self.before == 0
+        self.none = alone.to(device)[:, None, None, None] if bool(alone.any()) else None
 
     def attend(self, layer: int, q: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
-        """Attention of one new token a row over its prompt and over its own tokens.
+        """Attention of one new token a row over its shared prompt, if it has one, and its own tokens.
 
         Args:
             q: ``(n, key heads, groups, size)``.
@@ -361,40 +384,40 @@ class _Shared:
         q = q * self.scale
         own = torch.bmm(
             q.reshape(count * heads, groups, size), keys.reshape(count * heads, -1, size).transpose(1, 2)
-        )
-        both = torch.empty(count, heads, groups, mask.shape[-1], dtype=torch.float32, device=q.device)
-        both[..., self.width :] = own.view(count, heads, groups, -1)
-        both[..., : self.width] = self._prompt_scores(layer, q)
-        weights = torch.softmax(both.add_(mask), dim=-1).to(q.dtype)
-        on_prompt, on_own = weights[..., : self.width], weights[..., self.width :]
+        ).view(count, heads, groups, -1)
+        if self.lines:
+            both = torch.empty(count, heads, groups, mask.shape[-1], dtype=torch.float32, device=q.device)
+            both[..., self.width :] = own
+            both[..., : self.width] = self._prompt_scores(layer, q)
+            both.add_(mask)
+        else:
+            both = own + mask
+        weights = torch.softmax(both, dim=-1).to(q.dtype)
         out = torch.bmm(
-            on_own.reshape(count * heads, groups, -1), values.reshape(count * heads, -1, size)
+            weights[..., self.width :].reshape(count * heads, groups, -1),
+            values.reshape(count * heads, -1, size),
         ).view(count, heads, groups, size)
-        return out + self._prompt_values(layer, on_prompt)
+        return out + self._prompt_values(layer, weights[..., : self.width]) if self.lines else out
 
     def _prompt_scores(self, layer: int, q: Tensor) -> Tensor:
-        count, heads, groups, size = q.shape
-        keys = self.cache[layer, 0].transpose(1, 2)
-        if self.plain:
-            return torch.bmm(q.reshape(count * heads, groups, size), keys).view(count, heads, groups, -1)
-        spread = q.index_select(0, self.grid).view(self.lines, self.most, heads, groups, size)
-        spread = spread.transpose(1, 2).reshape(self.lines * heads, self.most * groups, size)
-        scores = torch.bmm(spread, keys).view(self.lines, heads, self.most, groups, -1)
-        return scores.transpose(1, 2).reshape(-1, heads, groups, self.width).index_select(0, self.where)
+        scores = torch.bmm(self._spread(q), self.cache[layer, 0].transpose(1, 2))
+        return self._gathered(scores, q)
 
     def _prompt_values(self, layer: int, weights: Tensor) -> Tensor:
-        count, heads, groups, _ = weights.shape
-        values = self.cache[layer, 1]
-        if self.plain:
-            return torch.bmm(weights.reshape(count * heads, groups, -1), values).view(
-                count, heads, groups, -1
-            )
-        spread = weights.index_select(0, self.grid).view(self.lines, self.most, heads, groups, -1)
-        spread = spread.transpose(1, 2).reshape(self.lines * heads, self.most * groups, -1)
-        out = torch.bmm(spread, values).view(self.lines, heads, self.most, groups, -1)
-        return (
-            out.transpose(1, 2).reshape(self.lines * self.most, heads, groups, -1).index_select(0, self.where)
-        )
+        out = self._gathered(torch.bmm(self._spread(weights), self.cache[layer, 1]), weights)
+        return out if self.none is None else out.masked_fill_(self.none, 0.0)
+
+    def _spread(self, x: Tensor) -> Tensor:
+        """``(n, heads, groups, k)`` by row to ``(lines · heads, most · groups, k)`` by prompt."""
+        _, heads, groups, _ = x.shape
+        grid = x.index_select(0, self.grid).view(self.lines, self.most, heads, groups, -1)
+        return grid.transpose(1, 2).reshape(self.lines * heads, self.most * groups, -1)
+
+    def _gathered(self, grid: Tensor, like: Tensor) -> Tensor:
+        """The way back: ``(lines · heads, most · groups, k)`` to ``(n, heads, groups, k)``."""
+        _, heads, groups, _ = like.shape
+        rows = grid.view(self.lines, heads, self.most, groups, -1).transpose(1, 2)
+        return rows.reshape(self.lines * self.most, heads, groups, -1).index_select(0, self.where)
 
 
 def _rounded(length: int) -> int:
