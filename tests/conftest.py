@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -20,6 +21,10 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 # The same numbers on every machine: "auto" would be bfloat16 on a processor that multiplies it. Tests of
 # bfloat16 ask for it by name.
 os.environ.setdefault("CORRIGIBLE_DTYPE", "float32")
+
+# A shell's background job ignores Ctrl-C, and so would all that the tests start: they could not be interrupted.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def find_data() -> Path | None:
