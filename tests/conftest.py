@@ -22,7 +22,7 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 # bfloat16 ask for it by name.
 os.environ.setdefault("CORRIGIBLE_DTYPE", "float32")
 
-# A shell's background job ignores Ctrl-C, and so would all that the tests start: they could not be interrupted.
+# A shell's background job ignores Ctrl-C, and so would all that the tests start.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 

@@ -105,7 +105,7 @@ def test_weights_are_those_of_weights_txt(repository: Path) -> None:
 
 def test_extras_are_those_of_the_package() -> None:
     provided = set(importlib.metadata.metadata("corrigible").get_all("Provides-Extra") or [])
-    assert set(doctor.EXTRAS) == provided - {"dev", "docs"}
+    assert set(doctor.EXTRAS) == provided - {"bench", "dev", "docs"}
 
 
 def test_the_measurement_is_capped_and_positive() -> None:
