@@ -147,3 +147,20 @@ def test_branches_of_branches_share_at_every_depth() -> None:
     packed = pack(rows, whole=True)
     assert len(packed) == 16 + 16 + 2 + 16 + 2 + 2 + 2
     assert sorted(len(path_to(packed, int(last))) for last in packed.last) == [18, 32, 34, 50, 50]
+
+
+def test_a_group_is_laid_out_alike_whatever_stands_beside_it() -> None:
+    """Rows of different groups share nothing, so a group's attention is cut into the same calls."""
+    prompt = list(range(3, 43))
+    groups = [
+        [Rendered.from_tokens(prompt, [50 + n, 60, 61]), Rendered.from_tokens(prompt, [70 + n] * 5)]
+        for n in range(3)
+    ]
+    rows = [row for group in groups for row in group]
+    together, alone = pack(rows, groups=[2, 2, 2]), pack(groups[1])
+    start = int(together.places[2][0])
+    mine = [node for node in together.nodes if start <= node.start < start + len(alone)]
+    assert [(n.start - start, n.end - start, n.below - start) for n in mine] == [
+        (n.start, n.end, n.below) for n in alone.nodes
+    ]
+    assert len(together) == 3 * len(alone) > len(pack(rows))

@@ -29,8 +29,8 @@ def test_packed_equals_padded(pooling: str, layers: tuple[int, ...]) -> None:
         alone = torch.cat([backbone.pooled([row], config) for row in ROWS])
     assert packed.shape == (4, backbone.width * len(layers))
     torch.testing.assert_close(packed, padded, atol=1e-5, rtol=1e-4)
-    # A cached vector must not depend on what it was read with.
-    torch.testing.assert_close(packed, alone, atol=1e-6, rtol=1e-5)
+    # A cached vector must not depend on what it was read with, beyond rounding.
+    torch.testing.assert_close(packed, alone, atol=1e-5, rtol=1e-4)
 
 
 def test_states_are_those_of_transformers() -> None:

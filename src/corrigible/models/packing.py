@@ -77,8 +77,8 @@ def pack(
         whole: keep what follows a row's last scored token, which log-probs have no use for (the last
             scored token itself is predicted, never read).
         groups: how many rows, one after the other, share among themselves only; all of them by
-            default. A group is laid out alike whatever stands beside it, and so its numbers are the
-            same to the last bit.
+            default. A group is laid out alike whatever stands beside it, so that its numbers change by
+            no more than the matrix library's own rounding (in bfloat16 on a CPU: not at all).
     """
     lengths = [_length(row, whole) for row in rows]
     cut = [np.asarray(row.ids[:length], dtype=np.int64) for row, length in zip(rows, lengths, strict=True)]

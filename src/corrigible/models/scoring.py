@@ -65,8 +65,8 @@ class Scorer:
         """Log-probs of the scored tokens of every row of every example, in order, in one forward pass.
 
         Args:
-            examples: groups of rows that may share what they begin with. The numbers of a group do not
-                depend on the groups beside it, not in the last bit.
+            examples: groups of rows that may share what they begin with. A group's numbers do not depend
+                on the groups beside it, beyond the rounding of the matrix library.
             grad: build the graph for a backward pass.
             temperature: of the distribution that the log-probs belong to.
 
