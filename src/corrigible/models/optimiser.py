@@ -36,6 +36,7 @@ gradient is three to five times as large. It is rounded stochastically, with num
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -138,16 +139,7 @@ class Optimiser:
     @torch.no_grad()
     def norm(self) -> float:
         """Length of all gradients together, summed in float32 or wider; 0.0 when there is none."""
-        lengths = [
-            torch.linalg.vector_norm(part.to(_wide(part.dtype))).double()
-            for family in self._families
-            for parameter in family.parameters
-            if parameter.grad is not None
-            for part in parameter.grad.reshape(-1).split(UPDATED_TOGETHER)
-        ]
-        return (
-            float(torch.linalg.vector_norm(torch.stack([each.cpu() for each in lengths]))) if lengths else 0.0
-        )
+        return math.hypot(*(family.norm() for family in self._families))
 
     @torch.no_grad()
     def step(self, lr: float, scale: float = 1.0) -> None:
@@ -318,6 +310,16 @@ class _Family:
                 stop = start + UPDATED_TOGETHER
                 yield _Piece(number, start, weights[start:stop], gradient[start:stop])
 
+    def norm(self) -> float:
+        """Length of the gradients together."""
+        lengths = [
+            torch.linalg.vector_norm(part, dtype=self.wide)
+            for parameter in self.parameters
+            if parameter.grad is not None
+            for part in parameter.grad.reshape(-1).split(UPDATED_TOGETHER)
+        ]
+        return float(torch.linalg.vector_norm(torch.stack(lengths))) if lengths else 0.0
+
     def count(self) -> None:
         """The step is done."""
         for number in self.moved:
@@ -361,8 +363,7 @@ class _Family:
             weights = round_stochastically(weights, self._noise("weight", pieces, step, seed))
         lengths = [len(piece.weights) for piece in pieces]
         narrow = weights.to(pieces[0].weights.dtype)
-        for piece, value in zip(pieces, narrow.split(lengths), strict=True):
-            piece.weights.copy_(value)
+        torch._foreach_copy_([piece.weights for piece in pieces], list(narrow.split(lengths)))
         if self.halves is not None:
             missing = weights.view(torch.int32).sub_(narrow.float().view(torch.int32))
             self.halves[here] = missing.clamp_(max=TIE - 1)
