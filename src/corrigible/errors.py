@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class CorrigibleError(Exception):
     """Base of every error that Corrigible raises on purpose.
@@ -54,7 +57,42 @@ class NumericsError(CorrigibleError):
     exit_code = 7
 
 
+class OutOfMemory(NumericsError):
+    """``out_of_memory``: an allocation failed; the advice names the settings that need less."""
+
+    exit_code = 1
+
+
 class Interrupted(CorrigibleError):
     """Ctrl-C: what was done is kept, and the advice says how to go on."""
 
     exit_code = 130
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed: Python's own error, or what torch says of either processor."""
+    said = str(error).lower()
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError)
+        and any(words in said for words in ("out of memory", "allocate memory", "not enough memory"))
+    )
+
+
+@contextmanager
+def memory_advice(what: str, advice: str) -> Iterator[None]:
+    """Give an allocation that fails in the block its name and advice.
+
+    Args:
+        what: there is no room for.
+        advice: which settings need less.
+
+    Raises:
+        OutOfMemory: an allocation failed.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        raise OutOfMemory(f"out_of_memory: there is no room for {what} ({first}).", advice=advice) from error

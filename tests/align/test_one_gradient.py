@@ -188,8 +188,8 @@ def padded_left(case: Case, *, rows_at_once: int) -> Tensor:
     return flat(policy)
 
 
-RAGGED = 330
-"""Tokens: between one and some dozen pairs in a micro-batch."""
+RAGGED = 200
+"""Tokens: a few pairs in a micro-batch, and not in each as many."""
 
 WAYS: dict[str, Callable[[Case, Path], Tensor]] = {
     "1 x 64": lambda case, out: trained(case, out, tokens=1 << 30),
@@ -218,7 +218,7 @@ def test_one_batch_has_one_gradient(case: Case, way: str, tmp_path: Path) -> Non
 def test_the_ways_are_different_ways(case: Case, tmp_path: Path) -> None:
     """64 rows that make 64 equal micro-batches, or prompts of which none is shared, would prove little."""
     counts, sizes = micro_batches_of(case, tmp_path, RAGGED)
-    assert len(counts) > 5 and min(counts) == 1 and max(counts) > 4
+    assert len(counts) > 5 and min(counts) > 1 and len(set(counts)) > 2, counts
     assert micro_batches_of(case, tmp_path, 1)[0] == [1] * 64
     [whole], [shared] = micro_batches_of(case, tmp_path, 1 << 30)
     assert whole == 64

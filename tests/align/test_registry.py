@@ -22,7 +22,7 @@ from corrigible.align import (
     algorithm,
     get_algorithm,
 )
-from corrigible.errors import BadInputError, MissingError
+from corrigible.errors import BadInputError
 from corrigible.models import LanguagePolicy
 from corrigible.records import KINDS
 
@@ -92,7 +92,7 @@ def test_a_name_is_taken_once_and_a_docstring_is_needed() -> None:
 
 
 def test_an_unknown_name_lists_the_known_ones() -> None:
-    with pytest.raises(MissingError, match="no algorithm 'dop'") as caught:
+    with pytest.raises(BadInputError, match="no algorithm 'dop'") as caught:
         get_algorithm("dop")
     assert "dpo" in caught.value.advice
 

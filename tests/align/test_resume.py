@@ -18,9 +18,9 @@ import torch
 
 from corrigible.align import ALGORITHMS, DPOConfig, PairSource, TrainConfig, Trainer, train_dpo
 from corrigible.align.checkpoint import load_latest
-from corrigible.align.shared_prompt import RowScorer
 from corrigible.errors import BadInputError, Interrupted, StorageError
 from corrigible.events import Alert, EventBus, use_bus
+from corrigible.models.scoring import Scorer
 from corrigible.records import PolicyVersion
 
 SETTINGS = {"steps": 16, "batch_size": 4, "lr": 5e-3, "checkpoint_every": 3, "micro_batch_tokens": 400}
@@ -195,9 +195,9 @@ def test_an_interrupt_within_a_step_undoes_that_step(
 def test_an_interrupt_while_the_reference_is_scored_keeps_what_was_scored(
     tmp_path: Path, make_policy: Callable, make_pairs: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plain, calls, cut = RowScorer.__call__, [], []
+    plain, calls, cut = Scorer.__call__, [], []
 
-    def interrupted(self: RowScorer, *args: object, grad: bool = False, **options: object) -> object:
+    def interrupted(self: Scorer, *args: object, grad: bool = False, **options: object) -> object:
         if grad:  # a training step
             return plain(self, *args, grad=grad, **options)
         calls.append(1)
@@ -206,7 +206,7 @@ def test_an_interrupt_while_the_reference_is_scored_keeps_what_was_scored(
             os.kill(os.getpid(), signal.SIGINT)
         return plain(self, *args, **options)
 
-    monkeypatch.setattr(RowScorer, "__call__", interrupted)
+    monkeypatch.setattr(Scorer, "__call__", interrupted)
     with pytest.raises(Interrupted, match="what was scored is kept"):
         train(tmp_path / "cut", make_policy, make_pairs)
     assert len(calls) == 3

@@ -9,15 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from corrigible.align import PairSource, TrainConfig, Unusable, reference_logprobs, train_dpo
-from corrigible.align.reference import micro_batches
-from corrigible.align.shared_prompt import RowScorer
 from corrigible.errors import BadInputError
 from corrigible.events import Alert, EventBus, use_bus
 from corrigible.models import LanguagePolicy, generate, sequence_logprobs, to_episode
+from corrigible.models.scoring import Scorer
 from corrigible.records import Annotator, Item, Message, PolicyVersion, Sampling, comparison
 from corrigible.store import Pair, Store, load_pairs
 
@@ -131,15 +128,6 @@ def test_nothing_left_to_train_on_is_an_error(policy: LanguagePolicy, make_pair:
         PairSource([make_pair("A?", "yes", "yes")], policy.renderer, invalid="skip")
 
 
-@settings(max_examples=100, deadline=None)
-@given(st.lists(st.integers(1, 50), max_size=30), st.integers(1, 120))
-def test_micro_batches_hold_everything_once_within_the_budget(sizes: list[int], budget: int) -> None:
-    batches = micro_batches(sizes, budget)
-    assert sorted(i for batch in batches for i in batch) == list(range(len(sizes)))
-    for batch in batches:
-        assert len(batch) == 1 or len(batch) * max(sizes[i] for i in batch) <= budget
-
-
 def _judged(policy: LanguagePolicy, store: Store) -> PolicyVersion:
     """Answers that the policy really sampled, as episodes with judgements, in a store."""
     version = PolicyVersion(name="start", base_model="tiny-random", weights=policy.weights_sha256("base"))
@@ -186,7 +174,7 @@ def test_what_a_policy_sampled_is_trained_on_as_it_was_sampled(
 
     # Recorded at sampling = computed now; and when they are used nothing is computed.
     computed = reference_logprobs(policy, source.examples)
-    monkeypatch.setattr(RowScorer, "__call__", lambda *a, **k: pytest.fail("computed again"))
+    monkeypatch.setattr(Scorer, "__call__", lambda *a, **k: pytest.fail("computed again"))
     reused = reference_logprobs(policy, source.examples, behaviour_weights={version.id: version.weights})
     assert computed.keys() == reused.keys()
     assert all(torch.allclose(computed[key], reused[key], atol=1e-4) for key in computed)

@@ -25,12 +25,12 @@ from corrigible.align import (
     learning_rate,
     reference_logprobs,
 )
-from corrigible.align.shared_prompt import RowScorer
 from corrigible.align.sources import row_key
 from corrigible.errors import BadInputError, NumericsError
 from corrigible.events import Alert, EventBus, Metric
 from corrigible.models import LanguagePolicy, Rendered, load_policy, token_logprobs
 from corrigible.models.renderer import SCORED
+from corrigible.models.scoring import Scorer
 from corrigible.store import Pair
 
 DPO = ALGORITHMS["dpo"]
@@ -63,7 +63,7 @@ def plain_logps(policy: LanguagePolicy, row: Rendered) -> torch.Tensor:
 
 
 def gradient(trainer: Trainer, examples: list[PairExample], how: str, share: bool = True) -> torch.Tensor:
-    trainer._clear_gradients()
+    trainer.optimiser.clear()
     longest = max(2 * max(len(row) for row in e.rows) for e in examples)
     budget = {"one by one": 1, "all at once": 1 << 30, "ragged": 2 * longest + longest // 2}[how]
     trainer.config = trainer.config.model_copy(update={"micro_batch_tokens": budget, "share_prompts": share})
@@ -90,7 +90,7 @@ def batch(
 def plain_gradient(trainer: Trainer, examples: list[PairExample]) -> torch.Tensor:
     """The same gradient with none of the fast parts: full logits, one row at a time, one backward."""
     assert trainer.reference is not None
-    trainer._clear_gradients()
+    trainer.optimiser.clear()
     policy = torch.stack([plain_logps(trainer.policy, row).sum() for e in examples for row in e.rows])
     reference = torch.stack([trainer.reference[row_key(row)].sum() for e in examples for row in e.rows])
     dpo_loss(
@@ -208,12 +208,12 @@ def test_steps_too_small_for_bf16_are_not_lost(
     trainer = trainer_of(
         policy, source, tmp_path, steps=4, batch_size=4, lr=1e-5, schedule="constant", warmup=0
     )
-    start = {name: p.detach().clone() for name, p in trainer.masters.items()}
+    start = {name: master.clone() for name, master in trainer.optimiser.masters()}
     trainer.train()
-    for name, parameter in trainer.parameters.items():
-        assert parameter.dtype == torch.bfloat16
-        assert torch.equal(parameter, trainer.masters[name].bfloat16())
-    moved = torch.cat([(p - start[name]).abs().flatten() for name, p in trainer.masters.items()])
+    assert all(parameter.dtype == torch.bfloat16 for parameter in trainer.parameters.values())
+    for name, master in trainer.optimiser.masters():
+        assert torch.equal(trainer.parameters[name], master.bfloat16())
+    moved = torch.cat([(p - start[name]).abs().flatten() for name, p in trainer.optimiser.masters()])
     assert float(moved.detach().median()) > 1e-5
     kept = torch.cat(
         [(p.detach().float() == start[name]).flatten() for name, p in trainer.parameters.items()]
@@ -258,13 +258,13 @@ def test_the_reference_is_cached_by_weights(
     policy: LanguagePolicy, source: PairSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[int] = []
-    plain = RowScorer.__call__
+    plain = Scorer.__call__
 
-    def counted(self: RowScorer, *given: object, **options: object) -> object:
+    def counted(self: Scorer, *given: object, **options: object) -> object:
         calls.append(1)
         return plain(self, *given, **options)
 
-    monkeypatch.setattr(RowScorer, "__call__", counted)
+    monkeypatch.setattr(Scorer, "__call__", counted)
     cache = tmp_path / "reference.safetensors"
     first = reference_logprobs(policy, source.examples, cache=cache)
     assert calls

@@ -59,7 +59,7 @@ def flat(trainer: Trainer) -> torch.Tensor:
 
 
 def gradient(trainer: Trainer, how: str, share: bool = True) -> tuple[torch.Tensor, dict[str, float]]:
-    trainer._clear_gradients()
+    trainer.optimiser.clear()
     examples = trainer.source.batch(0, trainer.config.batch_size)
     longest = max(len(row) for example in examples for row in example.rows)
     budget = {"one by one": 1, "ragged": 5 * longest // 2, "all at once": 1 << 30}[how]
@@ -102,7 +102,7 @@ def kto(policy: LanguagePolicy, make_policy: Callable, make_pairs: Callable, tmp
 
 
 def plain_kto(trainer: Trainer) -> tuple[torch.Tensor, float]:
-    trainer._clear_gradients()
+    trainer.optimiser.clear()
     examples = trainer.source.batch(0, trainer.config.batch_size)
     other = trainer.reference_policy
     assert other is not None
@@ -148,7 +148,7 @@ def test_a_reference_point_of_a_part_would_be_noticed(kto: Trainer) -> None:
 
 def test_mismatched_rows_are_scored_without_gradient_and_known_to_the_reference(kto: Trainer) -> None:
     examples = kto.source.batch(0, 7)
-    kto._clear_gradients()
+    kto.optimiser.clear()
     point = kto._measure(examples, 1.0)
     assert isinstance(point, ReferencePoint) and point.z0 > 0
     assert all(parameter.grad is None for parameter in kto.parameters.values())
@@ -207,7 +207,7 @@ def grpo_trainer(
 
 
 def plain_grpo(trainer: Trainer, aggregation: str, beta: float = 0.3) -> torch.Tensor:
-    trainer._clear_gradients()
+    trainer.optimiser.clear()
     other = trainer.reference_policy
     assert other is not None
     examples: Sequence[GroupExample] = trainer.source.batch(0, 3)  # type: ignore[assignment]

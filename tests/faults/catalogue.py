@@ -22,6 +22,7 @@ import torch
 from corrigible.align import (
     ALGORITHMS,
     Algorithm,
+    Asked,
     GroupSource,
     PairSource,
     ScoredExamples,
@@ -34,10 +35,9 @@ from corrigible.align import reference as reference_module
 from corrigible.align import trainer as trainer_module
 from corrigible.align.attribution import trace_episode, trace_generation
 from corrigible.align.checkpoint import load_latest, save_checkpoint
-from corrigible.align.shared_prompt import RowScorer
-from corrigible.align.watch import check_answers
 from corrigible.models import Generation, LanguagePolicy, Renderer, TokenKind, generate, load_policy
 from corrigible.models.rollout import RolloutEngine
+from corrigible.models.scoring import Scorer
 from corrigible.records import Episode, FinishReason, Message, Sampling, Step
 from corrigible.rewards.signals import Scores
 from corrigible.store import Pair, labelled_from_pairs
@@ -133,9 +133,11 @@ def answers_of(policy: LanguagePolicy, sampling: Sampling = SHORT, seed: int = 0
     return generate(policy, PROMPTS, n=3, sampling=sampling, seed=seed)
 
 
-def judged(answers: Sequence[Sequence[Generation]], sampling: Sampling | None = None) -> GroupSource:
+def judged(
+    answers: Sequence[Sequence[Generation]], sampling: Sampling | None = None, asked: Asked | None = None
+) -> GroupSource:
     scores = [Scores(np.arange(len(group), dtype=float)) for group in answers]
-    return GroupSource(answers, scores, sampling=sampling)
+    return GroupSource(answers, scores, sampling=sampling, asked=asked)
 
 
 def trainer_of(
@@ -295,7 +297,7 @@ def _(folder: Path, patch: pytest.MonkeyPatch) -> None:
 def _(folder: Path, patch: pytest.MonkeyPatch) -> None:
     policy = policy_of()
     answers = answers_of(policy)
-    check_answers([group[0].prompt_ids for group in answers], answers[:-1], n=3)
+    judged(answers[:-1], asked=Asked([group[0].prompt_ids for group in answers], n=3))
 
 
 @fault(
@@ -306,7 +308,7 @@ def _(folder: Path, patch: pytest.MonkeyPatch) -> None:
 def _(folder: Path, patch: pytest.MonkeyPatch) -> None:
     policy = policy_of()
     answers = answers_of(policy)
-    check_answers([(1, *group[0].prompt_ids) for group in answers], answers, n=3)
+    judged(answers, asked=Asked([(1, *group[0].prompt_ids) for group in answers], n=3))
 
 
 @fault("cut answer trained on as finished", "the policy learns to stop where it was cut", "finish_reason")
@@ -314,7 +316,7 @@ def _(folder: Path, patch: pytest.MonkeyPatch) -> None:
     policy = policy_of()
     answers = answers_of(policy, Sampling(max_tokens=2))
     lying = every_answer(answers, lambda a: dataclasses.replace(a, finish_reason=FinishReason.stop))
-    check_answers([g[0].prompt_ids for g in answers], lying, n=3, end_ids=policy.end_ids)
+    judged(lying, asked=Asked([g[0].prompt_ids for g in answers], n=3, end_ids=policy.end_ids))
 
 
 @fault("behaviour log-prob made up", "an unknown counts as known", "behaviour_not_finite")
@@ -385,7 +387,7 @@ def _(folder: Path, patch: pytest.MonkeyPatch) -> None:
 )
 def _(folder: Path, patch: pytest.MonkeyPatch) -> None:
     policy = policy_of(lora=False, dtype="bfloat16")
-    trainer = trainer_of(policy, folder)
+    trainer = trainer_of(policy, folder, master_weights="float32")
     with torch.no_grad():
         for parameter in policy.model.parameters():
             parameter.mul_(1.5)
@@ -417,6 +419,37 @@ def killed(policy: LanguagePolicy, folder: Path, **settings: Any) -> None:
     shutil.rmtree(sorted((folder / "checkpoints").iterdir())[-1])
 
 
+def no_room(patch: pytest.MonkeyPatch, owner: Any, name: str) -> None:
+    def full(*given: Any, **options: Any) -> Any:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.")
+
+    patch.setattr(owner, name, full)
+
+
+@fault("no memory for a pass", "a traceback of an allocator, and no word of what to change", "out_of_memory")
+def _(folder: Path, patch: pytest.MonkeyPatch) -> None:
+    no_room(patch, Scorer, "__call__")
+    trainer_of(policy_of(), folder).train()
+
+
+@fault("no memory for the weights", "the file counts as damaged", "out_of_memory")
+def _(folder: Path, patch: pytest.MonkeyPatch) -> None:
+    from transformers import AutoModelForCausalLM
+
+    saved = policy_of(lora=False).save_full(folder / "model")
+    no_room(patch, AutoModelForCausalLM, "from_pretrained")
+    load_policy(saved)
+
+
+@fault("adapter that is not LoRA", "what it learnt is left out in silence", "adapters are LoRA here")
+def _(folder: Path, patch: pytest.MonkeyPatch) -> None:
+    import peft
+
+    settings = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    peft.get_peft_model(policy_of(lora=False).model, settings).save_pretrained(folder)
+    load_policy("tiny-random", adapter=folder)
+
+
 @fault("checkpoint of another model", "training goes on from weights that do not fit", "resume_mismatch")
 def _(folder: Path, patch: pytest.MonkeyPatch) -> None:
     killed(policy_of(), folder)
@@ -438,7 +471,7 @@ def _(folder: Path, patch: pytest.MonkeyPatch) -> None:
     killed(policy_of(), folder)
     whole = load_latest(folder / "checkpoints")
     assert whole is not None
-    name = next(name for name in whole.tensors if name.startswith("parameter."))
+    name = next(name for name in whole.tensors if name.startswith("weight."))
     shutil.rmtree(folder / "checkpoints")
     save_checkpoint(
         folder / "checkpoints", whole.step, {n: t for n, t in whole.tensors.items() if n != name}, whole.state
@@ -698,8 +731,8 @@ def objective_of(change: Callable[[Any, Any], Any]) -> Algorithm:
 
 @fault("log-probs with the wrong sign", "the worst answers count as the best", "logps_positive")
 def _(folder: Path, patch: pytest.MonkeyPatch) -> None:
-    plain = RowScorer.__call__
-    patch.setattr(RowScorer, "__call__", lambda self, *g, **m: [-values for values in plain(self, *g, **m)])
+    plain = Scorer.__call__
+    patch.setattr(Scorer, "__call__", lambda self, *g, **m: [-values for values in plain(self, *g, **m)])
     trainer_of(policy_of(), folder).train()
 
 
@@ -764,7 +797,7 @@ def _(folder: Path, patch: pytest.MonkeyPatch) -> None:
 @fault("optimiser that does not step", "hours of steps that do nothing", "weights_unchanged")
 def _(folder: Path, patch: pytest.MonkeyPatch) -> None:
     trainer = trainer_of(policy_of(), folder)
-    patch.setattr(trainer.optimiser, "step", lambda: None)
+    patch.setattr(trainer.optimiser, "step", lambda *rate, **scale: None)
     trainer.train()
 
 

@@ -21,7 +21,7 @@ To add an algorithm, write its objective and decorate it; the trainer stays as i
 from corrigible.align.advantages import group_advantages
 from corrigible.align.config import TrainConfig, learning_rate
 from corrigible.align.dpo import train_dpo, trained_on
-from corrigible.align.groups import GroupExample, GroupSource, group_examples
+from corrigible.align.groups import Asked, GroupExample, GroupSource, group_examples
 from corrigible.align.grpo import GRPOConfig, grpo_loss
 from corrigible.align.implicit_reward import ImplicitReward, implicit_reward_accuracy
 from corrigible.align.kto import KTOConfig, kto_loss
@@ -44,6 +44,7 @@ __all__ = [
     "ALGORITHMS",
     "Algorithm",
     "AlgorithmConfig",
+    "Asked",
     "Behaviour",
     "DPOConfig",
     "GRPOConfig",

@@ -29,13 +29,13 @@ from enum import StrEnum
 import torch
 from torch import Tensor
 
-from corrigible.align.reference import micro_batches
-from corrigible.align.shared_prompt import RowScorer
+from corrigible.align.passes import passes
 from corrigible.align.sources import row_key
 from corrigible.errors import BadInputError
 from corrigible.events import Metric
 from corrigible.intervals import Estimate, cluster_bootstrap
 from corrigible.models import Generation, LanguagePolicy, Rendered, Renderer, TokenKind
+from corrigible.models.scoring import Scorer
 from corrigible.records import Episode, FinishReason, MessageLike, Sampling
 
 _ROUNDING_NATS = 1e-3  # float32 softmax may put a certain token this far above 0
@@ -448,9 +448,9 @@ def score_with(policy: LanguagePolicy, *, micro_batch_tokens: int = 4096) -> Sco
     """A :data:`Score` with the policy's weights as they stand at each call, without gradient."""
 
     def score(rows: Sequence[Rendered], temperature: float) -> Sequence[Tensor]:
-        scorer = RowScorer(policy)
+        scorer = Scorer(policy)
         found: dict[int, Tensor] = {}
-        for batch in micro_batches([scorer.size([row]) for row in rows], micro_batch_tokens):
+        for batch in passes(scorer, [[row] for row in rows], micro_batch_tokens):
             found |= zip(batch, scorer([[rows[i] for i in batch]], temperature=temperature), strict=True)
         return [found[i].detach().cpu() for i in range(len(rows))]
 

@@ -7,6 +7,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from corrigible.models.optimiser import MasterWeights, Moments
+
 ReferenceMode = Literal["start", "base"]
 
 
@@ -26,6 +28,11 @@ class TrainConfig(BaseModel):
         description="Most tokens in one forward pass, padding included: bounds memory (about 4 MB a token "
         "for SmolLM2 with LoRA in float32) and changes nothing else. A larger pair is a pass of its own.",
     )
+    gradient_checkpointing: bool = Field(
+        False,
+        description="Compute each layer again in the backward pass instead of keeping what it computed: a "
+        "twentieth of a pass's memory for a third more time.",
+    )
     lr: float = Field(
         1e-4, gt=0, description="Peak learning rate; about 1e-4 for LoRA, 1e-6 for full fine-tuning."
     )
@@ -36,6 +43,14 @@ class TrainConfig(BaseModel):
     betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW's decay rates.")
     eps: float = Field(1e-8, gt=0, description="AdamW's epsilon.")
     weight_decay: float = Field(0.0, ge=0, description="AdamW's decoupled weight decay.")
+    master_weights: MasterWeights = Field(
+        "split",
+        description="How the exact float32 values of bfloat16 weights are kept: in 2 bytes beside each "
+        "(split), in 4 (float32), or not at all, with each step rounded at random (stochastic).",
+    )
+    moments: Moments = Field(
+        "float32", description="Precision of AdamW's two moments: 8 bytes a weight, or 4 in bfloat16."
+    )
     max_grad_norm: float = Field(1.0, gt=0, description="Gradients longer than this are scaled down to it.")
     reference: ReferenceMode = Field(
         "start",

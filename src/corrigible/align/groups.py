@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
 from corrigible.align.advantages import Estimator, group_advantages, spread
-from corrigible.align.sources import epoch_batch, row_key, say_skipped
+from corrigible.align.sources import ListSource, say_skipped
 from corrigible.errors import BadInputError, NumericsError
 from corrigible.events import Alert, emit
 from corrigible.models import Generation, Rendered
-from corrigible.records import Sampling
+from corrigible.records import FinishReason, Sampling
 from corrigible.rewards.signals import Scores
 
 Logprobs = tuple[float, ...] | None
@@ -34,6 +33,7 @@ class GroupExample:
             ``temperature``; ``None`` when they are not known.
         temperature: of the log-probs in ``behaviour``.
         weight: 1; a group counts through its answers.
+        derived_from: ids of the feedback records behind the rewards, where there are any.
     """
 
     rows: tuple[Rendered, ...]
@@ -42,6 +42,7 @@ class GroupExample:
     behaviour: tuple[Logprobs, ...]
     temperature: float = 1.0
     weight: float = 1.0
+    derived_from: tuple[str, ...] = ()
 
     def part(self, start: int, stop: int) -> GroupExample:
         """The answers ``start`` to ``stop`` (exclusive), with the advantages they have in the whole group."""
@@ -54,12 +55,60 @@ class GroupExample:
         )
 
 
+@dataclass(frozen=True)
+class Asked:
+    """What was asked for when groups were sampled, to hold what came back against it.
+
+    Attributes:
+        prompts: ids of each prompt, generation header included.
+        n: answers per prompt.
+        end_ids: ids that end the policy's turn (``policy.end_ids``).
+    """
+
+    prompts: Sequence[Sequence[int]]
+    n: int
+    end_ids: Collection[int] = ()
+
+
+def check_answers(groups: Sequence[Sequence[Generation]], asked: Asked) -> None:
+    """Hold sampled answers against what was asked for, before they are learnt from.
+
+    Raises:
+        BadInputError: ``prompt_skipped`` (a prompt without all its answers), ``prompt_mismatch`` (answers to
+            other tokens) or ``finish_reason`` (an answer that was cut counts as ended, or the reverse).
+    """
+    if len(groups) != len(asked.prompts):
+        raise BadInputError(
+            f"prompt_skipped: {len(asked.prompts)} prompts, answers to {len(groups)}.",
+            advice="Sample again; a prompt that cannot be answered has answers with an error instead.",
+        )
+    for number, (prompt, group) in enumerate(zip(asked.prompts, groups, strict=True)):
+        if len(group) != asked.n:
+            raise BadInputError(f"prompt_skipped: prompt {number} has {len(group)} of {asked.n} answers.")
+        for answer in group:
+            if answer.error is not None:
+                continue
+            if tuple(answer.prompt_ids) != tuple(prompt):
+                raise BadInputError(
+                    f"prompt_mismatch: an answer to prompt {number} was sampled after other tokens.",
+                    advice="Template or tokenizer differ between whoever samples and whoever trains.",
+                )
+            ended = bool(answer.ids) and answer.ids[-1] in asked.end_ids
+            if asked.end_ids and ended != (answer.finish_reason is FinishReason.stop):
+                raise BadInputError(
+                    f"finish_reason: an answer to prompt {number} finished with '{answer.finish_reason}', "
+                    f"but its last token {'ends' if ended else 'does not end'} a turn.",
+                    advice="An answer that was cut must not be learnt from as if the policy had ended it.",
+                )
+
+
 def group_examples(
     groups: Sequence[Sequence[Generation]],
     scores: Sequence[Scores],
     *,
     estimator: Estimator = "mean_std",
     sampling: Sampling | None = None,
+    asked: Asked | None = None,
 ) -> tuple[list[GroupExample], Counter[str]]:
     """Groups of answers and their rewards as examples, without what teaches nothing.
 
@@ -74,16 +123,19 @@ def group_examples(
         sampling: how the answers were sampled; temperature 1 when absent. At temperature 1 the
             policy's plain log-probs are what it was (whatever filter cut the tail); at another one
             the log-probs under the sampling distribution are, which a filter spoils.
+        asked: what was asked for; with it every answer is held against it first.
 
     Returns:
         The examples, and how many answers and groups were left out, by reason.
 
     Raises:
         BadInputError: the two lists do not fit together, answers of a group have different prompts,
-            ``sampling_filtered`` (a temperature other than 1 together with top-p, top-k or min-p), or
-            greedy sampling.
+            ``sampling_filtered`` (a temperature other than 1 together with top-p, top-k or min-p),
+            greedy sampling, or whatever :func:`check_answers` finds.
         NumericsError: ``behaviour_not_finite``.
     """
+    if asked is not None:
+        check_answers(groups, asked)
     sampling = sampling or Sampling()
     if sampling.temperature == 0.0:
         raise BadInputError(
@@ -139,15 +191,14 @@ def group_examples(
     return found, skipped
 
 
-class GroupSource:
+class GroupSource(ListSource[GroupExample]):
     """Groups that were sampled before training, in an order that only depends on the seed.
 
     Args:
-        groups, scores, estimator, sampling: as for :func:`group_examples`.
+        groups, scores, estimator, sampling, asked: as for :func:`group_examples`.
         seed: of the order of groups.
 
     Attributes:
-        examples: what batches are made of.
         skipped: how many answers (``no_answer``, ``no_reward``) and groups (``one_answer``,
             ``no_spread``) were left out; an alert says so, too.
 
@@ -164,38 +215,24 @@ class GroupSource:
         *,
         estimator: Estimator = "mean_std",
         sampling: Sampling | None = None,
+        asked: Asked | None = None,
         seed: int = 0,
     ) -> None:
-        self.seed = seed
-        self.examples: list[GroupExample]
-        self.examples, self.skipped = group_examples(groups, scores, estimator=estimator, sampling=sampling)
-        if not self.examples:
-            why = ", ".join(f"{n} {reason}" for reason, n in self.skipped.items()) or "the input was empty"
+        examples, skipped = group_examples(
+            groups, scores, estimator=estimator, sampling=sampling, asked=asked
+        )
+        if not examples:
+            why = ", ".join(f"{n} {reason}" for reason, n in skipped.items()) or "the input was empty"
             raise BadInputError(
                 f"There is no group to train on ({why}).",
                 advice="Prompts whose answers are all equally good teach nothing: take others.",
             )
-        say_skipped(self.skipped, "group")
+        say_skipped(skipped, "group")
+        super().__init__(examples, skipped, seed)
 
-    def __len__(self) -> int:
-        return len(self.examples)
-
-    def steps_per_epoch(self, batch_size: int) -> int:
-        """Batches in one pass over the groups; the last one may be smaller."""
-        return -(-len(self.examples) // batch_size)
-
-    def batch(self, step: int, batch_size: int) -> list[GroupExample]:
-        """The groups of step ``step`` (from 0)."""
-        return epoch_batch(self.examples, step, batch_size, self.seed)
-
-    def digest(self) -> str:
-        """Sha256 over everything that decides the batches: a resumed run must find the same."""
-        digest = hashlib.sha256(f"groups/1 {self.seed} {len(self.examples)}\n".encode())
-        for example in self.examples:
-            for row in example.rows:
-                digest.update(row_key(row))
-            digest.update(f"{example.advantages!r} {example.behaviour!r} {example.temperature!r}\n".encode())
-        return digest.hexdigest()
+    def worth(self, example: GroupExample) -> tuple[object, ...]:
+        """Its answers' advantages, and what was recorded of them."""
+        return example.advantages, example.behaviour, example.temperature
 
 
 def _behaviour(answer: Generation, temperature: float, number: int) -> Logprobs:

@@ -11,13 +11,14 @@ import torch
 from numpy.typing import NDArray
 
 from corrigible.align.config import ReferenceMode
-from corrigible.align.reference import ReferenceLogprobs, micro_batches, reference_logprobs
-from corrigible.align.shared_prompt import RowScorer
+from corrigible.align.passes import passes
+from corrigible.align.reference import ReferenceLogprobs, reference_logprobs
 from corrigible.align.sources import PairSource, row_key
 from corrigible.errors import BadInputError
 from corrigible.events import Metric, Progress, emit
 from corrigible.intervals import Estimate, cluster_bootstrap
 from corrigible.models import LanguagePolicy
+from corrigible.models.scoring import Scorer
 from corrigible.rewards.baselines import accuracy_rows
 from corrigible.rewards.splits import clusters, resolve_rule
 from corrigible.store import Pair
@@ -89,12 +90,12 @@ def implicit_reward_accuracy(
         reference = reference_logprobs(
             policy, source.examples, mode=reference, micro_batch_tokens=micro_batch_tokens
         )
-    score = RowScorer(policy)
+    score = Scorer(policy)
     examples = source.examples
     ratios = np.zeros((len(examples), 2))
     done = 0
     with torch.inference_mode():
-        for batch in micro_batches([score.size(example.rows) for example in examples], micro_batch_tokens):
+        for batch in passes(score, [example.rows for example in examples], micro_batch_tokens):
             scores = iter(score([examples[i].rows for i in batch]))
             for index in batch:
                 for side, row in enumerate(examples[index].rows):

@@ -17,38 +17,17 @@ import torch
 from torch import Tensor
 
 from corrigible.align.config import ReferenceMode
-from corrigible.align.shared_prompt import RowScorer, prompt_of
+from corrigible.align.passes import micro_batches as micro_batches
+from corrigible.align.passes import passes
 from corrigible.align.sources import Example, PairExample, row_key
 from corrigible.errors import BadInputError, NumericsError
 from corrigible.events import Alert, Message, Progress, emit
 from corrigible.files import write_atomically
 from corrigible.models import LanguagePolicy, Rendered
+from corrigible.models.scoring import Scorer
 
 ReferenceLogprobs = dict[bytes, Tensor]
 """By :func:`~corrigible.align.sources.row_key`, log-probs of a row's scored tokens, ``(tokens,)`` float32."""
-
-
-def micro_batches(sizes: Sequence[int], token_budget: int) -> list[list[int]]:
-    """Cut items into batches whose padded size stays within a budget; a pure function of the sizes.
-
-    Args:
-        sizes: tokens of each item, ``(n,)``; an item is never cut.
-        token_budget: most tokens in a batch, counting every item at the size of its largest. A
-            larger item forms a batch of its own.
-
-    Returns:
-        Indices, longest first, so that items of one batch are about equally long (little padding)
-        and running out of memory happens at once or not at all.
-    """
-    order = sorted(range(len(sizes)), key=lambda i: (-sizes[i], i))
-    batches: list[list[int]] = []
-    for index in order:
-        # The first item of a batch is its largest.
-        if batches and (len(batches[-1]) + 1) * sizes[batches[-1][0]] <= token_budget:
-            batches[-1].append(index)
-        else:
-            batches.append([index])
-    return batches
 
 
 def reference_weights(policy: LanguagePolicy, mode: ReferenceMode) -> str:
@@ -115,16 +94,16 @@ def reference_logprobs(
     done = 0
     try:
         with torch.inference_mode(), disabled:
-            score = RowScorer(policy, share=share_prompts)
+            score = Scorer(policy, share=share_prompts)
             groups = _by_prompt(todo, score, micro_batch_tokens)
-            sizes = [score.size([todo[key] for key in group]) for group in groups]
-            for batch in micro_batches(sizes, micro_batch_tokens):
+            rows_of = [[todo[key] for key in group] for group in groups]
+            for batch in passes(score, rows_of, micro_batch_tokens):
                 keys = [key for i in batch for key in groups[i]]
                 # Whole batches are skipped or computed: a resumed pass has the same bits as an
                 # uninterrupted one only if its batches are the same.
                 if not all(key in known for key in keys):
                     check_stop()
-                    scores = score([[todo[key] for key in groups[i]] for i in batch], temperature=temperature)
+                    scores = score([rows_of[i] for i in batch], temperature=temperature)
                     for key, values in zip(keys, scores, strict=True):
                         known[key] = values.detach().to("cpu", torch.float32)
                 done += len(keys)
@@ -138,7 +117,12 @@ def reference_logprobs(
     return {key: known[key] for key in rows}
 
 
-def _by_prompt(rows: Mapping[bytes, Rendered], score: RowScorer, token_budget: int) -> list[list[bytes]]:
+def prompt_of(row: Rendered) -> tuple[Hashable, ...]:
+    """Every token before the first scored one: rows that have it in common are scored together."""
+    return row.ids[: row.scored[0]]
+
+
+def _by_prompt(rows: Mapping[bytes, Rendered], score: Scorer, token_budget: int) -> list[list[bytes]]:
     """Rows to score together: all responses to one prompt, as many as a forward pass holds."""
     if not score.share:
         return [[key] for key in rows]

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from corrigible.align.losses import LossOutput, dpo_loss
 from corrigible.align.sources import Example, PairExample
-from corrigible.errors import BadInputError, MissingError
+from corrigible.errors import BadInputError
 from corrigible.models import Rendered
 
 E = TypeVar("E", bound=Example)
@@ -196,10 +196,10 @@ def get_algorithm(name: str) -> Algorithm:
     """The entry of that name.
 
     Raises:
-        MissingError: there is none.
+        BadInputError: there is none.
     """
     if name not in ALGORITHMS:
-        raise MissingError(
+        raise BadInputError(
             f"There is no algorithm '{name}'.", advice=f"Known: {', '.join(sorted(ALGORITHMS))}."
         )
     return ALGORITHMS[name]

@@ -65,6 +65,7 @@ class Source(Protocol):
 
 T = TypeVar("T")
 E = TypeVar("E")
+Made = TypeVar("Made", bound="Listed")
 
 
 def epoch_batch(items: Sequence[T], step: int, batch_size: int, seed: int) -> list[T]:
@@ -75,6 +76,62 @@ def epoch_batch(items: Sequence[T], step: int, batch_size: int, seed: int) -> li
     epoch, place = divmod(step, -(-len(items) // batch_size))
     order = np.random.default_rng([seed, epoch]).permutation(len(items))
     return [items[i] for i in order[place * batch_size : (place + 1) * batch_size]]
+
+
+class Listed(Example, Protocol):
+    """An example of a fixed list, which knows the judgements behind it."""
+
+    @property
+    def derived_from(self) -> tuple[str, ...]: ...
+
+
+class ListSource(Generic[Made]):
+    """A source whose examples are all there before the first step, in an order that the seed decides.
+
+    Attributes:
+        examples: what batches are made of.
+        skipped: how many were left out, by reason.
+        seed: of the order.
+    """
+
+    kind: str
+
+    def __init__(self, examples: Sequence[Made], skipped: Counter[str], seed: int) -> None:
+        self.examples = list(examples)
+        self.skipped = skipped
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def steps_per_epoch(self, batch_size: int) -> int:
+        """Batches in one pass over the examples; the last one may be smaller."""
+        return -(-len(self.examples) // batch_size)
+
+    def batch(self, step: int, batch_size: int) -> list[Made]:
+        """The examples of step ``step`` (from 0), by :func:`epoch_batch`."""
+        return epoch_batch(self.examples, step, batch_size, self.seed)
+
+    def digest(self) -> str:
+        """Sha256 over everything that decides the batches: a resumed run must find the same."""
+        digest = hashlib.sha256(f"{self.kind}/1 {self.settings()!r} {len(self.examples)}\n".encode())
+        for example in self.examples:
+            for row in example.rows:
+                digest.update(row_key(row))
+            digest.update(f"{self.worth(example)!r}\n".encode())
+        return digest.hexdigest()
+
+    def settings(self) -> tuple[object, ...]:
+        """What besides the examples decides the batches."""
+        return (self.seed,)
+
+    def worth(self, example: Made) -> tuple[object, ...]:
+        """What besides its rows decides what is learnt from an example."""
+        raise NotImplementedError
+
+    def derived_from(self) -> list[str]:
+        """Ids of all feedback records behind the examples, sorted."""
+        return sorted({record for example in self.examples for record in example.derived_from})
 
 
 @dataclass(frozen=True)
@@ -117,7 +174,7 @@ class Unusable(BadInputError):
         self.reason = reason
 
 
-class PairSource:
+class PairSource(ListSource[PairExample]):
     """Comparisons as training examples, in an order that only depends on the seed.
 
     Args:
@@ -132,9 +189,7 @@ class PairSource:
             really sampled, never on a re-tokenisation of its text.
 
     Attributes:
-        examples: what batches are made of.
         pairs: the pair behind each example, in the same order.
-        skipped: how many pairs were left out, by reason.
 
     Raises:
         Unusable: with ``invalid="raise"``, an unusable pair: ``equal_sides``, ``empty_completion``,
@@ -154,43 +209,20 @@ class PairSource:
         invalid: Literal["raise", "skip"] = "raise",
         episodes: Mapping[str, Episode] | None = None,
     ) -> None:
-        if max_length < 8:
-            raise BadInputError(f"max_length must be at least 8 tokens, got {max_length}.")
-        self.seed = seed
-        self.max_length = max_length
+        check_max_length(max_length)
         found = render_all(
             list(pairs),
             lambda pair: _example(pair, renderer, max_length, episodes or {}),
             noun="pair",
             invalid=invalid,
         )
-        self.examples: list[PairExample] = found.examples
+        super().__init__(found.examples, found.skipped, seed)
+        self.max_length = max_length
         self.pairs: list[Pair] = found.kept
-        self.skipped: Counter[str] = found.skipped
 
-    def __len__(self) -> int:
-        return len(self.examples)
-
-    def steps_per_epoch(self, batch_size: int) -> int:
-        """Batches in one pass over the data; the last one may be smaller."""
-        return -(-len(self.examples) // batch_size)
-
-    def batch(self, step: int, batch_size: int) -> list[PairExample]:
-        """The examples of step ``step`` (from 0), by :func:`epoch_batch`."""
-        return epoch_batch(self.examples, step, batch_size, self.seed)
-
-    def digest(self) -> str:
-        """Sha256 over everything that decides the batches: a resumed run must find the same."""
-        digest = hashlib.sha256(f"pairs/1 {self.seed} {len(self.examples)}\n".encode())
-        for example in self.examples:
-            for row in example.rows:
-                digest.update(row_key(row))
-            digest.update(f"{example.p_chosen!r} {example.weight!r}\n".encode())
-        return digest.hexdigest()
-
-    def derived_from(self) -> list[str]:
-        """Ids of all feedback records behind the examples, sorted."""
-        return sorted({record for example in self.examples for record in example.derived_from})
+    def worth(self, example: PairExample) -> tuple[object, ...]:
+        """Its label and its weight."""
+        return example.p_chosen, example.weight
 
 
 class RenderedAll(NamedTuple, Generic[T, E]):
@@ -254,6 +286,12 @@ def row_key(row: Rendered) -> bytes:
 
 LEAST_PROMPT = 8
 """Fewer prompt tokens than this are no prompt any more: an answer so long is left out."""
+
+
+def check_max_length(length: int) -> None:
+    """BadInputError for a longest row that holds nothing."""
+    if length < LEAST_PROMPT:
+        raise BadInputError(f"max_length must be at least {LEAST_PROMPT} tokens, got {length}.")
 
 
 def fitted(row: Rendered, renderer: Renderer, length: int) -> Rendered:

@@ -6,13 +6,13 @@ What it guarantees:
   micro-batches, every part is divided by the weight of the whole, so the gradient does not depend
   on the cut. Whatever else an objective must know of the whole batch (KTO's reference point, GRPO's
   number of tokens) is measured over all of it before the first part.
-* *Resume.* Weights (in float32), optimiser moments, random state and position are in one atomic
-  checkpoint; a killed run that is resumed ends with bitwise the weights of an uninterrupted one (on
-  the same machine, with the same number of threads).
+* *Resume.* Weights as the optimiser knows them (float32), its moments, random state and position are in
+  one atomic checkpoint; a killed run that is resumed ends with bitwise the weights of an uninterrupted
+  one (on the same machine, with the same number of threads).
 * *Ctrl-C and SIGTERM* finish nothing half: the state after the last whole step is saved and
   :class:`~corrigible.errors.Interrupted` is raised.
 * *No silent failure.* NaN, a gradient that is zero, weights that do not move, a reference that is
-  not the policy's start, ids outside the vocabulary: each is a named error.
+  not the policy's start, ids outside the vocabulary, no memory left: each is a named error.
 
 Dropout is off throughout, as DPO's reference needs it.
 """
@@ -24,33 +24,35 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from corrigible.align.attribution import Ledger
 from corrigible.align.checkpoint import Checkpoint, load_latest, save_checkpoint
 from corrigible.align.config import TrainConfig, learning_rate
 from corrigible.align.interrupts import Stopped, stop_signals
-from corrigible.align.reference import (
-    ReferenceLogprobs,
-    micro_batches,
-    reference_logprobs,
-)
+from corrigible.align.passes import passes
+from corrigible.align.reference import ReferenceLogprobs, reference_logprobs
 from corrigible.align.registry import Algorithm, AlgorithmConfig, ScoredExamples
-from corrigible.align.shared_prompt import RowScorer
 from corrigible.align.sources import Example, Separable, Source, row_key
 from corrigible.align.watch import Held, Watch, alarm, check_examples
-from corrigible.errors import BadInputError, Interrupted
+from corrigible.errors import BadInputError, Interrupted, memory_advice
 from corrigible.events import Alert, Artefact, EventBus, Message, Metric, Progress, current_bus, emit, use_bus
 from corrigible.files import storage_errors, write_atomically
 from corrigible.models import LanguagePolicy, Rendered
+from corrigible.models.optimiser import Group, Optimiser
+from corrigible.models.scoring import Scorer
 
-UPDATED_TOGETHER = 8 << 20
-"""Weights whose gradients are widened to float32 at the same time."""
+CUT = ("micro_batch_tokens", "gradient_checkpointing")
+"""Settings that decide memory, and of the result the last bits only: a resumed run may change them."""
+
+RNG = "random state"
+"""The name of torch's random state in a checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -140,7 +142,7 @@ class Trainer:
         self.resume_hint = resume_hint
         self.bus = bus or current_bus()
         self.reference: ReferenceLogprobs | None = None
-        self.score: RowScorer | None = None
+        self.score: Scorer | None = None
         self.parameters = {name: p for name, p in policy.model.named_parameters() if p.requires_grad}
         if not self.parameters:
             raise BadInputError(
@@ -161,20 +163,18 @@ class Trainer:
         _check_vocabulary(policy, source, reference_policy)
         if held_out is not None:
             _check_vocabulary(policy, held_out, reference_policy)
-        # Steps of a tiny learning rate vanish in bf16: the optimiser works on float32 copies.
-        self.masters = {
-            name: p if p.dtype == torch.float32 else nn.Parameter(p.detach().float())
-            for name, p in self.parameters.items()
-        }
-        self.optimiser = torch.optim.AdamW(
-            list(self.masters.values()),
-            lr=self.config.lr,
-            betas=self.config.betas,
-            eps=self.config.eps,
-            weight_decay=self.config.weight_decay,
-            fused=True,
+        with self._room("the optimiser's state"):
+            self.optimiser = Optimiser(
+                Group(self.parameters, weight_decay=self.config.weight_decay),
+                betas=self.config.betas,
+                eps=self.config.eps,
+                master_weights=self.config.master_weights,
+                moments=self.config.moments,
+                seed=self.config.seed,
+            )
+        self.watch = Watch(
+            policy, self.parameters, self.optimiser, stochastic=self.config.master_weights == "stochastic"
         )
-        self.watch = Watch(policy, self.parameters, self.masters)
         self._scored: list[tuple[Rendered, Tensor]] = []
         self._stop: Callable[[], None] = lambda: None
 
@@ -199,6 +199,8 @@ class Trainer:
             BadInputError: ``out`` holds a run and ``resume`` is False, or another run's settings,
                 data or weights.
             Interrupted: Ctrl-C or SIGTERM; a checkpoint of the last whole step is saved.
+            OutOfMemory: the advice names the settings that need less; the last checkpoint stays, and a run
+                may go on from it with other ``micro_batch_tokens`` and ``gradient_checkpointing``.
             NumericsError: a named numerical failure; the last checkpoint stays.
             StorageError: the disk is full or gone; the last checkpoint stays.
         """
@@ -214,7 +216,8 @@ class Trainer:
             check_examples(self.source.examples, self.policy.end_ids)
             # The policy still is the one that the run began with, also on resume: the checkpoint is
             # loaded only after the reference pass.
-            self._prepare_reference()
+            with self._room("the reference pass"):
+                self._prepare_reference()
             step = 0
             if checkpoint is not None:
                 self._restore(checkpoint)
@@ -226,7 +229,8 @@ class Trainer:
             )
             try:
                 while step < self.total_steps:
-                    metrics = self._step(step)
+                    with self._room("a forward and backward pass and the update"):
+                        metrics = self._step(step)
                     step += 1
                     self._log(step, metrics)
                     if step % self.config.checkpoint_every == 0 and step < self.total_steps:
@@ -266,9 +270,8 @@ class Trainer:
         whole = self._measure(examples, denominator)
         score = self._scorer()
         parts = [part for example in examples for part in self._parts(example)]
-        sizes = [score.size(part.rows) for part in parts]
         metrics: dict[str, float] = {}
-        for batch in micro_batches(sizes, self.config.micro_batch_tokens):
+        for batch in passes(score, [part.rows for part in parts], self.config.micro_batch_tokens):
             self._stop()
             chosen = [parts[i] for i in batch]
             rows = [row for part in chosen for row in part.rows]
@@ -313,7 +316,7 @@ class Trainer:
         rows = self.algorithm.probes(examples) if self.algorithm.probes is not None else ()
         score = self._scorer()
         found: dict[int, Tensor] = {}
-        for batch in micro_batches([score.size([row]) for row in rows], self.config.micro_batch_tokens):
+        for batch in passes(score, [[row] for row in rows], self.config.micro_batch_tokens):
             self._stop()
             scores = self._logprobs([[rows[i]] for i in batch], grad=False)
             found |= zip(batch, scores, strict=True)
@@ -322,9 +325,13 @@ class Trainer:
             ScoredExamples(examples, policy, self._reference_of(rows), denominator), self.algorithm_config
         )
 
-    def _scorer(self) -> RowScorer:
+    def _scorer(self) -> Scorer:
         if self.score is None:
-            self.score = RowScorer(self.policy, share=self.config.share_prompts)
+            self.score = Scorer(
+                self.policy,
+                share=self.config.share_prompts,
+                checkpoint_layers=self.config.gradient_checkpointing,
+            )
         return self.score
 
     def _logprobs(self, groups: Sequence[Sequence[Rendered]], *, grad: bool) -> list[Tensor]:
@@ -354,12 +361,12 @@ class Trainer:
         began = time.monotonic()
         examples = self.source.batch(step, self.config.batch_size)
         self.policy.model.eval()
-        self._clear_gradients()
+        self.optimiser.clear()
         self._scored.clear()
         self.watch.begin(step)
         metrics = self.accumulate(examples)
         metrics |= self._attribute(step)
-        norm = self._gradient_norm()
+        norm = self.optimiser.norm()
         if not math.isfinite(norm):
             alarm(
                 "gradient_not_finite",
@@ -373,10 +380,8 @@ class Trainer:
                 "Check that they take part in the forward pass (an adapter that is disabled?).",
             )
         rate = learning_rate(step, self.total_steps, self.config)
-        for group in self.optimiser.param_groups:
-            group["lr"] = rate
         self.watch.before_update()
-        self._update(min(1.0, self.config.max_grad_norm / (norm + 1e-6)))
+        self.optimiser.step(rate, scale=min(1.0, self.config.max_grad_norm / (norm + 1e-6)))
         self.watch.after_update(rate)
         seconds = time.monotonic() - began
         tokens = sum(len(row) for example in examples for row in example.rows)
@@ -387,43 +392,17 @@ class Trainer:
             "tokens_per_second": tokens / max(seconds, 1e-9),
         }
 
-    def _gradient_norm(self) -> float:
-        """Length of all gradients together, summed in float32 or wider."""
-        norms = [
-            torch.linalg.vector_norm(p.grad, dtype=self.masters[name].dtype)
-            for name, p in self.parameters.items()
-            if p.grad is not None
-        ]
-        return float(torch.linalg.vector_norm(torch.stack(norms))) if norms else 0.0
-
-    @torch.no_grad()
-    def _update(self, scale: float) -> None:
-        """Step the optimiser with the gradients times ``scale``, and clear them.
-
-        A few parameters at a time, so that float32 copies exist of a few gradients only.
-        """
-        gradients = {name: p.grad for name, p in self.parameters.items() if p.grad is not None}
-        self._clear_gradients()
-        names: list[str] = []
-        size = 0
-        for number, name in enumerate(list(gradients), start=1):
-            names.append(name)
-            size += gradients[name].numel()
-            if size < UPDATED_TOGETHER and number < len(gradients):
-                continue
-            for each in names:
-                self.masters[each].grad = gradients.pop(each).to(self.masters[each].dtype).mul_(scale)
-            self.optimiser.step()
-            for each in names:
-                self.masters[each].grad = None
-                if self.masters[each] is not self.parameters[each]:
-                    self.parameters[each].copy_(self.masters[each])
-            names, size = [], 0
-
-    def _clear_gradients(self) -> None:
-        for name, parameter in self.parameters.items():
-            parameter.grad = None
-            self.masters[name].grad = None
+    def _room(self, what: str) -> AbstractContextManager[None]:
+        """Running out of memory says which settings need less."""
+        config = self.config
+        ways = [f"Lower micro_batch_tokens (it is {config.micro_batch_tokens})"]
+        if not config.gradient_checkpointing:
+            ways.append("set gradient_checkpointing=True")
+        if config.moments == "float32":
+            ways.append("keep the optimiser's moments='bfloat16'")
+        if not self.policy.has_adapter:
+            ways.append("train an adapter (LoRA) instead of all weights")
+        return memory_advice(what, f"{'; or '.join(ways)}. The last checkpoint is intact.")
 
     # -- beginning and end --------------------------------------------------------------------
 
@@ -442,8 +421,8 @@ class Trainer:
         return {
             "algorithm": self.algorithm.name,
             "algorithm_config": self.algorithm_config.model_dump(mode="json"),
-            # How often to save does not change what is computed.
-            "config": self.config.model_dump(mode="json", exclude={"checkpoint_every"}),
+            # How often to save changes nothing, how a batch is cut only the rounding.
+            "config": self.config.model_dump(mode="json", exclude={"checkpoint_every", *CUT}),
             "total_steps": self.total_steps,
             "data": self.source.digest(),
             "held_out": self.held_out.digest() if self.held_out else None,
@@ -451,7 +430,8 @@ class Trainer:
             "parameters": hashlib.sha256(
                 json.dumps([[n, list(p.shape), str(p.dtype)] for n, p in self.parameters.items()]).encode()
             ).hexdigest(),
-            "threads": torch.get_num_threads(),
+            "rounding": {"threads": torch.get_num_threads()}
+            | {name: getattr(self.config, name) for name in CUT},
         }
 
     def _prepare_reference(self) -> None:
@@ -485,38 +465,18 @@ class Trainer:
                 yield from self.algorithm.probes(self.source.batch(step, self.config.batch_size))
 
     def _state(self, identity: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        tensors: dict[str, Tensor] = {"rng": torch.get_rng_state()}
-        for name, master in self.masters.items():
-            tensors[f"parameter.{name}"] = master
-            for key, value in self.optimiser.state.get(master, {}).items():
-                tensors[f"{key}.{name}"] = value
-        return tensors, {"identity": dict(identity)}
+        return {RNG: torch.get_rng_state(), **self.optimiser.state()}, {"identity": dict(identity)}
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         tensors = dict(checkpoint.tensors)
-        torch.set_rng_state(tensors.pop("rng"))
-        state: dict[int, dict[str, Tensor]] = {}
-        for index, (name, master) in enumerate(self.masters.items()):
-            value = tensors.pop(f"parameter.{name}", None)
-            if value is None or value.shape != master.shape:
-                raise BadInputError(
-                    f"checkpoint_incomplete: {self.out} has no value for the parameter {name}.",
-                    advice="The checkpoint is of another model; choose another folder.",
-                )
-            with torch.no_grad():
-                master.copy_(value)
-                self.parameters[name].copy_(value)
-            if checkpoint.step:
-                state[index] = {
-                    key: tensors.pop(f"{key}.{name}") for key in ("step", "exp_avg", "exp_avg_sq")
-                }
-        if tensors:
+        torch.set_rng_state(tensors.pop(RNG))
+        try:
+            self.optimiser.load(tensors)
+        except BadInputError as error:
             raise BadInputError(
-                f"checkpoint_incomplete: this policy has no place for {len(tensors)} tensors of {self.out}.",
+                f"checkpoint_incomplete: in {self.out} {error.message}",
                 advice="The checkpoint is of another model; choose another folder.",
-            )
-        groups = self.optimiser.state_dict()["param_groups"]
-        self.optimiser.load_state_dict({"state": state, "param_groups": groups})
+            ) from error
 
     def _open_history(self, step: int) -> dict[str, float]:
         """Keep the lines up to ``step`` (a killed run may have written more) and return the last one's."""
@@ -571,7 +531,7 @@ def _check_vocabulary(
 def _check_rows(
     rows: Sequence[Rendered], policy: LanguagePolicy, reference_policy: LanguagePolicy | None
 ) -> None:
-    size = int(policy.model.get_input_embeddings().num_embeddings)
+    size = len(policy.network.get_input_embeddings().weight)
     highest = max((max(row.ids) for row in rows), default=0)
     if highest >= size:
         raise BadInputError(
@@ -589,7 +549,7 @@ def _check_rows(
 
 def _check_identity(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     saved, now = dict(saved), dict(now)
-    before, threads = saved.pop("threads", None), now.pop("threads")
+    before, after = saved.pop("rounding", {}), now.pop("rounding")
     different = [key for key in now if saved.get(key) != now[key]]
     if different:
         details = []
@@ -603,11 +563,12 @@ def _check_identity(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
             f"resume_mismatch: this is not the run that was interrupted ({'; '.join(details)}).",
             advice="Resume with the same data, model and settings, or choose another folder.",
         )
-    if before != threads:
-        emit(
-            Alert(
-                name="threads_changed",
-                message=f"The run began with {before} threads and goes on with {threads}: "
-                "the result is as good, but not bit for bit the same.",
+    for key, value in after.items():
+        if before.get(key) != value:
+            emit(
+                Alert(
+                    name=f"{key}_changed",
+                    message=f"The run began with {key.replace('_', ' ')} {before.get(key)} and goes on with "
+                    f"{value}: the result is as good, but not bit for bit the same.",
+                )
             )
-        )

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from corrigible.align.sources import Unusable, epoch_batch, fitted, render_all, response_row, row_key
+from corrigible.align.sources import (
+    ListSource,
+    Unusable,
+    check_max_length,
+    fitted,
+    render_all,
+    response_row,
+)
 from corrigible.errors import BadInputError
 from corrigible.events import Alert, emit
 from corrigible.models import Rendered, Renderer
@@ -41,7 +46,7 @@ class UnpairedExample:
     mismatched: Rendered | None = None
 
 
-class UnpairedSource:
+class UnpairedSource(ListSource[UnpairedExample]):
     """Labelled answers as training examples, in an order that only depends on the seed.
 
     Args:
@@ -57,9 +62,7 @@ class UnpairedSource:
             sampled, never on a re-tokenisation of its text.
 
     Attributes:
-        examples: what batches are made of.
         labelled: the judgement behind each example, in the same order.
-        skipped: how many answers were left out, by reason.
 
     Raises:
         Unusable: with ``invalid="raise"``, an unusable answer: ``empty_completion``, ``too_long``,
@@ -79,32 +82,22 @@ class UnpairedSource:
         invalid: Literal["raise", "skip"] = "raise",
         episodes: Mapping[str, Episode] | None = None,
     ) -> None:
-        if max_length < 8:
-            raise BadInputError(f"max_length must be at least 8 tokens, got {max_length}.")
-        self.seed = seed
-        self.max_length = max_length
-        self.renderer = renderer
+        check_max_length(max_length)
         found = render_all(
             list(labelled),
             lambda one: _example(one, renderer, max_length, episodes or {}),
             noun="answer",
             invalid=invalid,
         )
-        self.examples: list[UnpairedExample] = found.examples
+        super().__init__(found.examples, found.skipped, seed)
+        self.max_length = max_length
+        self.renderer = renderer
         self.labelled: list[Labelled] = found.kept
-        self.skipped: Counter[str] = found.skipped
         self._said = False
-
-    def __len__(self) -> int:
-        return len(self.examples)
-
-    def steps_per_epoch(self, batch_size: int) -> int:
-        """Batches in one pass over the data; the last one may be smaller."""
-        return -(-len(self.examples) // batch_size)
 
     def batch(self, step: int, batch_size: int) -> list[UnpairedExample]:
         """The examples of step ``step`` (from 0), each with its ``mismatched`` row."""
-        examples = epoch_batch(self.examples, step, batch_size, self.seed)
+        examples = super().batch(step, batch_size)
         rows = mismatch(examples, self.renderer, self.max_length)
         if not self._said and not any(rows):
             self._said = True
@@ -117,18 +110,13 @@ class UnpairedSource:
             )
         return [replace(each, mismatched=row) for each, row in zip(examples, rows, strict=True)]
 
-    def digest(self) -> str:
-        """Sha256 over everything that decides the batches: a resumed run must find the same."""
-        start = f"unpaired/1 {self.seed} {self.max_length} {len(self.examples)}\n"
-        digest = hashlib.sha256(start.encode())
-        for example in self.examples:
-            digest.update(row_key(example.rows[0]))
-            digest.update(f"{example.desirable!r} {example.weight!r}\n".encode())
-        return digest.hexdigest()
+    def settings(self) -> tuple[object, ...]:
+        """The seed, and the longest row: it decides which answers fit other prompts."""
+        return self.seed, self.max_length
 
-    def derived_from(self) -> list[str]:
-        """Ids of all feedback records behind the examples, sorted."""
-        return sorted({record for example in self.examples for record in example.derived_from})
+    def worth(self, example: UnpairedExample) -> tuple[object, ...]:
+        """Its label and its weight."""
+        return example.desirable, example.weight
 
 
 def mismatch(

@@ -23,8 +23,8 @@ from corrigible.align.sources import Example, row_key
 from corrigible.align.unpaired import UnpairedExample
 from corrigible.errors import BadInputError, NumericsError
 from corrigible.events import Alert, emit
-from corrigible.models import Generation, LanguagePolicy, Rendered, TokenKind
-from corrigible.records import FinishReason
+from corrigible.models import LanguagePolicy, Rendered, TokenKind
+from corrigible.models.optimiser import Optimiser
 
 CLOSELY = 3
 """Steps from the start of a run in which every check runs."""
@@ -128,56 +128,6 @@ def _identity(example: Example) -> Hashable:
     return (keys, example.derived_from) if isinstance(example, UnpairedExample) else keys
 
 
-def check_answers(
-    prompts: Sequence[Sequence[int]],
-    answers: Sequence[Sequence[Generation]],
-    *,
-    n: int,
-    end_ids: Collection[int] = (),
-) -> None:
-    """Hold sampled answers against what was asked for, before they are judged or learnt from.
-
-    Args:
-        prompts: ids of each prompt, generation header included.
-        answers: per prompt, what came back.
-        n: answers that were asked for per prompt.
-        end_ids: ids that end the policy's turn.
-
-    Raises:
-        BadInputError: ``prompt_skipped`` (a prompt without all its answers), ``prompt_mismatch`` (answers to
-            other tokens), ``behaviour_shape`` (not one log-prob per token) or ``finish_reason``
-            (an answer that was cut counts as ended, or the other way round).
-    """
-    if len(answers) != len(prompts):
-        raise BadInputError(
-            f"prompt_skipped: {len(prompts)} prompts, answers to {len(answers)}.",
-            advice="Sample again; a prompt that cannot be answered has answers with an error instead.",
-        )
-    for number, (prompt, group) in enumerate(zip(prompts, answers, strict=True)):
-        if len(group) != n:
-            raise BadInputError(f"prompt_skipped: prompt {number} has {len(group)} of {n} answers.")
-        for answer in group:
-            if answer.error is not None:
-                continue
-            if tuple(answer.prompt_ids) != tuple(prompt):
-                raise BadInputError(
-                    f"prompt_mismatch: an answer to prompt {number} was sampled after other tokens.",
-                    advice="Template or tokenizer differ between whoever samples and whoever trains.",
-                )
-            if not len(answer.ids) == len(answer.logprobs) == len(answer.sampling_logprobs):
-                raise BadInputError(
-                    f"behaviour_shape: an answer to prompt {number} has {len(answer.ids)} tokens, "
-                    f"{len(answer.logprobs)} plain and {len(answer.sampling_logprobs)} sampling log-probs."
-                )
-            ended = bool(answer.ids) and answer.ids[-1] in end_ids
-            if end_ids and ended != (answer.finish_reason is FinishReason.stop):
-                raise BadInputError(
-                    f"finish_reason: an answer to prompt {number} finished with '{answer.finish_reason}', "
-                    f"but its last token {'ends' if ended else 'does not end'} a turn.",
-                    advice="An answer that was cut must not be learnt from as if the policy had ended it.",
-                )
-
-
 # -- while training -------------------------------------------------------------------------------
 
 
@@ -187,22 +137,26 @@ class Watch:
     Args:
         policy: what is trained.
         parameters: its trainable parameters by name, as the trainer knows them.
-        masters: what the optimiser works on, by the same names.
+        optimiser: what moves them.
+        stochastic: whether it rounds bfloat16 weights at random.
     """
 
     def __init__(
         self,
         policy: LanguagePolicy,
         parameters: Mapping[str, nn.Parameter],
-        masters: Mapping[str, nn.Parameter],
+        optimiser: Optimiser,
+        *,
+        stochastic: bool = False,
     ) -> None:
         self.policy = policy
         self.parameters = parameters
-        self.masters = masters
+        self.optimiser = optimiser
+        self.stochastic = stochastic
         self._step = CLOSELY
         self._batch: list[tuple[Example, Sequence[Tensor], Sequence[Tensor] | None]] = []
         self._gradients: dict[int, Tensor] = {}
-        self._before: list[tuple[nn.Parameter, Tensor, Tensor, Tensor]] = []
+        self._before: list[tuple[str, Tensor, Tensor, Tensor]] = []
 
     def begin(self, step: int) -> None:
         """A batch begins, of step ``step`` (from 0)."""
@@ -380,24 +334,29 @@ class Watch:
             current[name] is parameter for name, parameter in self.parameters.items()
         )
         agree = [
-            (_some(parameter) == _some(self.masters[name]).to(parameter.dtype)).all()
+            (_some(parameter) == self._master(name).to(parameter.dtype)).all()
             for name, parameter in self.parameters.items()
-            if self.masters[name] is not parameter
         ]
-        if not same or (agree and not bool(torch.stack(agree).all())):
+        if not same or not bool(torch.stack(agree).all()):
             alarm(
                 "stale_masters",
                 "the policy's weights are not those that the optimiser holds: somebody changed them.",
                 "Load weights and attach adapters before the trainer is made.",
             )
         self._before.clear()
-        for name, master in self.masters.items():
-            found = self.parameters[name].grad
-            if found is None:
+        for name, parameter in self.parameters.items():
+            if parameter.grad is None:
                 continue
-            gradient = _some(found)
-            place = gradient.abs().argmax()
-            self._before.append((master, place, gradient[place], _some(master)[place].clone()))
+            gradient = _some(parameter.grad)
+            place = gradient.abs().argmax().view(1)
+            if self.stochastic and parameter.dtype == torch.bfloat16:
+                # A single weight may well stay where it is: all of them are looked at.
+                place = torch.arange(len(gradient), device=gradient.device)
+            self._before.append((name, place, gradient[place], self._master(name)[place].clone()))
+
+    def _master(self, name: str) -> Tensor:
+        """As :func:`_some`, of a parameter as the optimiser knows it."""
+        return self.optimiser.master(name, _every(self.parameters[name]))
 
     def after_update(self, rate: float) -> None:
         """The optimiser has stepped, with the learning rate ``rate``.
@@ -407,8 +366,9 @@ class Watch:
         """
         if not self._before:
             return
-        gradient, before = (torch.stack([each[i] for each in self._before]) for i in (2, 3))
-        now = torch.stack([_some(master)[place] for master, place, _, _ in self._before])
+        gradient = torch.cat([each.double() for _, _, each, _ in self._before])
+        before = torch.cat([each.double() for _, _, _, each in self._before])
+        now = torch.cat([self._master(name)[place].double() for name, place, _, _ in self._before])
         # From 0 (a fresh adapter's second factor) even the smallest step leads away: it proves nothing
         # where other weights could have moved.
         large = (gradient != 0.0) & (before != 0.0)
@@ -423,5 +383,8 @@ class Watch:
 
 def _some(tensor: Tensor) -> Tensor:
     """At most about :data:`SAMPLED_WEIGHTS` elements, evenly spread, ``(k,)``."""
-    flat = tensor.detach().reshape(-1)
-    return flat[:: max(1, len(flat) // SAMPLED_WEIGHTS)]
+    return tensor.detach().reshape(-1)[:: _every(tensor)]
+
+
+def _every(tensor: Tensor) -> int:
+    return max(1, tensor.numel() // SAMPLED_WEIGHTS)

@@ -22,7 +22,7 @@ from typer.core import TyperGroup
 
 from corrigible.cli import console as _console
 from corrigible.cli.console import error_console, examples, print_json
-from corrigible.errors import BadInputError, CorrigibleError, Interrupted, StorageError
+from corrigible.errors import BadInputError, CorrigibleError, Interrupted, StorageError, is_out_of_memory
 
 MODULES = ("demo", "data", "show", "generate", "judge", "train", "evaluate", "policies", "claims", "doctor")
 
@@ -57,12 +57,7 @@ def as_corrigible_error(error: BaseException) -> CorrigibleError | None:
         return Interrupted(
             "Interrupted.", advice="What was finished is kept; the same command goes on or starts again."
         )
-    # torch's CUDA allocator, and its CPU one, which raises a plain RuntimeError
-    if (
-        isinstance(error, MemoryError)
-        or type(error).__name__ == "OutOfMemoryError"
-        or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
-    ):
+    if is_out_of_memory(error):
         return CorrigibleError(
             "Out of memory.",
             advice="Use a smaller batch or model; `corrigible doctor` shows how much memory is free.",

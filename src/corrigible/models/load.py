@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from corrigible.errors import BadInputError, CorrigibleError, MissingError, StorageError
+from corrigible.errors import BadInputError, CorrigibleError, MissingError, StorageError, memory_advice
 from corrigible.events import Message, emit
 from corrigible.models.policy import LanguagePolicy, Lora, quiet_peft
 from corrigible.models.tiny import tiny_model, tiny_tokenizer
@@ -66,7 +66,8 @@ def load_policy(
     Raises:
         MissingError: the model is not here and cannot be fetched; the advice says how to get it.
         BadInputError: weights in a format that can run code (pickle), corrupt weights, an adapter
-            that does not fit, a tokenizer without a chat template.
+            that does not fit or is not LoRA, a tokenizer without a chat template.
+        OutOfMemory: there is no room for the weights.
     """
     name = str(name_or_path)
     if adapter is not None and lora is not None:
@@ -82,7 +83,9 @@ def load_policy(
         tokenizer = tiny_tokenizer()
     else:
         model, tokenizer = _load_pretrained(_resolve(name), name, chosen_dtype)
-    policy = LanguagePolicy(model.to(chosen_device), tokenizer, name=name, template=template)
+    with _room_for(name):
+        model = model.to(chosen_device)
+    policy = LanguagePolicy(model, tokenizer, name=name, template=template)
     if adapter is not None:
         _attach(policy, Path(adapter))
         policy.name = str(adapter)
@@ -226,9 +229,10 @@ def _load_pretrained(source: str, name: str, dtype: torch.dtype) -> tuple[Any, A
 
     def load(**where: Any) -> tuple[Any, Any, list[str]]:
         tokenizer = AutoTokenizer.from_pretrained(source, **where)
-        model, found = AutoModelForCausalLM.from_pretrained(
-            source, dtype=dtype, use_safetensors=True, output_loading_info=True, **where
-        )
+        with _room_for(name):
+            model, found = AutoModelForCausalLM.from_pretrained(
+                source, dtype=dtype, use_safetensors=True, output_loading_info=True, **where
+            )
         return model, tokenizer, sorted(found["missing_keys"])
 
     try:
@@ -255,6 +259,14 @@ def _load_pretrained(source: str, name: str, dtype: torch.dtype) -> tuple[Any, A
             advice="The file was cut, or it is of another model: fetch or copy it again.",
         )
     return model, tokenizer
+
+
+def _room_for(name: str) -> contextlib.AbstractContextManager[None]:
+    return memory_advice(
+        f"the weights of {name}",
+        "Take a smaller model or dtype='bfloat16', or end what else takes memory "
+        "(`corrigible doctor` shows how much is free).",
+    )
 
 
 def _ask_hub(name: str) -> None:
@@ -324,7 +336,8 @@ def _converted(gguf: Path) -> Path:
         folder.chmod(0o755)
         arguments = {"gguf_file": gguf.name}
         tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), **arguments)
-        with contextlib.redirect_stderr(io.StringIO()):  # its progress bar knows no off switch
+        # Its progress bar knows no off switch.
+        with contextlib.redirect_stderr(io.StringIO()), _room_for(gguf.name):
             model = AutoModelForCausalLM.from_pretrained(
                 str(gguf.parent),
                 quantization_config=GgufConfig(dequantize=True),
@@ -361,16 +374,24 @@ def _file_sha256(path: Path) -> str:
 
 
 def _adapter_base(folder: Path) -> str:
-    try:
-        base = json.loads((folder / "adapter_config.json").read_text()).get("base_model_name_or_path")
-    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
-        raise BadInputError(f"{folder / 'adapter_config.json'} is corrupt: {error}") from error
+    base = _adapter_settings(folder).get("base_model_name_or_path")
     if not base:
         raise BadInputError(
             f"The adapter in {folder} does not say which model it belongs to.",
             advice="Name the base model and pass the folder as adapter=.",
         )
     return str(base)
+
+
+def _adapter_settings(folder: Path) -> dict[str, Any]:
+    path = folder / "adapter_config.json"
+    try:
+        found = json.loads(path.read_text())
+    except ValueError as error:
+        raise BadInputError(f"{path} is corrupt: {error}") from error
+    if not isinstance(found, dict):
+        raise BadInputError(f"{path} is corrupt: it holds no settings.")
+    return found
 
 
 def _attach(policy: LanguagePolicy, folder: Path) -> None:
@@ -386,6 +407,12 @@ def _attach(policy: LanguagePolicy, folder: Path) -> None:
         if pickles:
             raise _pickle_error(pickles[0])
         raise MissingError(f"{folder} holds no adapter_model.safetensors.", advice="Copy it there.")
+    kind = _adapter_settings(folder).get("peft_type")
+    if kind != "LORA":
+        raise BadInputError(
+            f"The adapter in {folder} is of the kind {kind}; adapters are LoRA here.",
+            advice="Train a LoRA adapter (policy.add_lora), or use this one with transformers.",
+        )
     try:
         with quiet_peft():
             model = peft.PeftModel.from_pretrained(policy.model, str(folder), is_trainable=True)

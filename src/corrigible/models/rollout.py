@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from corrigible.errors import BadInputError, NumericsError
+from corrigible.errors import BadInputError, NumericsError, memory_advice
 from corrigible.events import Progress, emit
 from corrigible.models.decode import NetworkDecode
 from corrigible.models.network import Network
@@ -47,6 +47,9 @@ from corrigible.records import FinishReason, MessageLike, Sampling
 SLOTS = 64
 KEEP_EVERY = 64
 """Tokens (of each sequence) between two writes of the unfinished answers to ``keep``."""
+
+SMALLER = "Take fewer slots (batch_size, --batch-size), shorter prompts, or fewer max_tokens."
+"""What to do where there is no room for all slots."""
 
 
 @dataclass(slots=True)
@@ -357,7 +360,7 @@ class RolloutEngine:
                     if sequence.reason is not None:
                         yield self._finished(run, sequence)
                 while run.waiting or run.running:
-                    with torch.inference_mode(), _memory_advice(self.slots):
+                    with torch.inference_mode(), memory_advice(f"{self.slots} sequences", SMALLER):
                         events = self._step(run)
                     if run.keep is not None and run.steps % KEEP_EVERY == 0:
                         write_partials(run.keep, self.partials())
@@ -590,17 +593,3 @@ def _evaluating(policy: LanguagePolicy) -> Iterator[None]:
         yield
     finally:
         policy.model.train(training)
-
-
-@contextmanager
-def _memory_advice(slots: int) -> Iterator[None]:
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        said = str(error).lower()
-        if isinstance(error, MemoryError) or "out of memory" in said or "allocate memory" in said:
-            raise NumericsError(
-                f"out_of_memory: the machine has no room for {slots} sequences at a time ({error}).",
-                advice="Take fewer slots (batch_size, --batch-size), shorter prompts, or fewer max_tokens.",
-            ) from error
-        raise
