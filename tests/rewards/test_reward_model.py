@@ -18,6 +18,7 @@ from corrigible.rewards import FeatureTable, RewardConfig, RewardModel, Signal, 
 from corrigible.rewards.backbones import Backbone, Encoded, Example, token_batches
 from corrigible.rewards.baselines import accuracy_rows
 from corrigible.rewards.training import table_margins
+from corrigible.rewards.tuning import TunedReward
 from corrigible.store.pairs import Pair
 
 FROZEN = RewardConfig(text="response", features=(), members=4)
@@ -100,12 +101,10 @@ class Killed(Exception):
 def test_a_killed_tuned_fit_resumes_to_the_same_numbers(
     encoder: MakeBackbone, known: Known, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from corrigible.rewards import training
-
     pairs = known(64)
     whole = fit_reward(pairs, config=TUNED, backbone=encoder(), by="prompt")
     steps = 0
-    real = training._step
+    real = TunedReward.accumulate
 
     def dies(*args: Any) -> float:
         nonlocal steps
@@ -114,7 +113,7 @@ def test_a_killed_tuned_fit_resumes_to_the_same_numbers(
             raise Killed
         return real(*args)
 
-    monkeypatch.setattr(training, "_step", dies)
+    monkeypatch.setattr(TunedReward, "accumulate", dies)
     with pytest.raises(Killed):
         fit_reward(pairs, config=TUNED, backbone=encoder(), by="prompt", work_dir=tmp_path)
     done = steps

@@ -21,7 +21,7 @@ from corrigible.rewards.config import RewardConfig
 from corrigible.rewards.texts import response_text, transcript
 
 if TYPE_CHECKING:
-    from corrigible.models import LanguagePolicy
+    from corrigible.models import LanguagePolicy, Rendered
     from corrigible.models.network import Network
     from corrigible.records import Message
 
@@ -178,28 +178,40 @@ class Backbone:
 
     # -- vectors ------------------------------------------------------------------------------------
 
-    def pooled(self, rows: Sequence[Encoded], config: RewardConfig) -> Tensor:
-        """(n, width·layers) float32 for sequences read in one batch; packed where the model allows it."""
+    def pooled(self, rows: Sequence[Encoded], config: RewardConfig, *, share: bool = False) -> Tensor:
+        """(n, width·layers) float32 for sequences read in one batch; packed where the model allows it.
+
+        With ``share`` what packed rows begin with alike is read once. A vector that is kept must not depend
+        on what it was read with, not even in its rounding: it is read without.
+        """
         if self.network is None:
             return self._pooled_padded(rows, config)
-        from corrigible.models import Rendered
         from corrigible.models.packing import pack
 
-        # Nothing is shared between rows: a vector must not depend on what it was read with.
-        rendered = [Rendered.from_tokens(row.ids[: row.start], row.ids[row.start :]) for row in rows]
-        packed = pack(rendered, share=False, whole=True)
-        states = self.network.states(packed, config.layers)
-        vectors = []
+        packed = pack(_rendered(rows), share=share, whole=True)
+        spans = []
         for row, places in zip(rows, packed.places, strict=True):
-            begin = int(places[0])
             start, end = {
                 "mean": (0, len(row.ids)),
                 "response_mean": (row.start, row.end),
                 "last": (len(row.ids) - 1, len(row.ids)),
                 "first": (0, 1),
             }[config.pooling]
-            vectors.append(torch.cat([state[begin + start : begin + end].mean(dim=0) for state in states]))
-        return torch.stack(vectors)
+            spans.append(places[start:end])
+        lengths, read = [len(span) for span in spans], torch.cat(spans).to(self.device)
+        vectors = [
+            torch.stack([part.mean(dim=0) for part in state.index_select(0, read).split(lengths)])
+            for state in self.network.states(packed, config.layers)
+        ]
+        return torch.cat(vectors, dim=1)
+
+    def size(self, rows: Sequence[Encoded]) -> int:
+        """Tokens that rows take in a pass of their own, where they may share what they begin with alike."""
+        if self.network is None:
+            return sum(len(row.ids) for row in rows)
+        from corrigible.models.packing import packed_size
+
+        return packed_size(_rendered(rows), whole=True)
 
     def _pooled_padded(self, rows: Sequence[Encoded], config: RewardConfig) -> Tensor:
         device = self.device
@@ -229,19 +241,28 @@ class Backbone:
         states = [out.hidden_states[layer] for layer in config.layers] if deep else [out.last_hidden_state]
         return torch.cat([torch.einsum("nt,ntw->nw", chosen, state.float()) for state in states], dim=1)
 
-    def represent(self, parts: Sequence[Sequence[Encoded]], config: RewardConfig) -> Tensor:
-        """(n, output_width) float32, differentiable where gradients are on."""
-        vectors = [self._batched(rows, config) for rows in parts]
+    def represent(
+        self, parts: Sequence[Sequence[Encoded]], config: RewardConfig, *, together: bool = False
+    ) -> Tensor:
+        """(n, output_width) float32, differentiable where gradients are on.
+
+        With ``together`` the rows of a part are one batch, where they are read without padding, and share
+        what they begin with alike.
+        """
+        vectors = [self._batched(rows, config, together) for rows in parts]
         if len(vectors) == 1:
             return vectors[0]
         response, prompt = (nn.functional.normalize(vector, dim=1) for vector in vectors)
         scale = float(self.width) ** 0.5  # unit vectors have tiny coordinates; products have tinier ones
         return torch.cat([response * scale, response * prompt * scale**2], dim=1)
 
-    def _batched(self, rows: Sequence[Encoded], config: RewardConfig) -> Tensor:
+    def _batched(self, rows: Sequence[Encoded], config: RewardConfig, together: bool) -> Tensor:
         unique: dict[Encoded, int] = {}
         places = [unique.setdefault(row, len(unique)) for row in rows]
         distinct = list(unique)
+        if together and self.network is not None:
+            vectors = self.pooled(distinct, config, share=True)
+            return vectors[torch.tensor(places, device=vectors.device)]
         order = sorted(range(len(distinct)), key=lambda i: len(distinct[i].ids))
         pieces = [
             self.pooled([distinct[i] for i in batch], config)
@@ -251,6 +272,12 @@ class Backbone:
         back[torch.tensor(order)] = torch.arange(len(order))
         joined = torch.cat(pieces)
         return joined[back.to(joined.device)[torch.tensor(places, device=joined.device)]]
+
+
+def _rendered(rows: Sequence[Encoded]) -> list[Rendered]:
+    from corrigible.models import Rendered
+
+    return [Rendered.from_tokens(row.ids[: row.start], row.ids[row.start :]) for row in rows]
 
 
 def _network_of(policy: LanguagePolicy) -> Network | None:

@@ -17,19 +17,20 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from corrigible.errors import BadInputError, NumericsError, StorageError
 from corrigible.files import replacing
-from corrigible.rewards.backbones import Backbone, Encoded, Example, load_backbone
+from corrigible.models.optimiser import Optimiser
+from corrigible.rewards.backbones import Backbone, Example, load_backbone
 from corrigible.rewards.calibration import fit_temperature, log_loss
 from corrigible.rewards.config import RewardConfig
 from corrigible.rewards.features import feature_rows
 from corrigible.rewards.head import Comparisons, Standardiser, bootstrap_members, cross_validate, fit_linear
-from corrigible.rewards.losses import bradley_terry_loss
 from corrigible.rewards.reward_model import RewardModel, raw_rows, restore_state, trained_state, trains
 from corrigible.rewards.splits import clusters, folds, resolve_rule, split
 from corrigible.rewards.table import FeatureTable
+from corrigible.rewards.tuning import TunedReward
 
 if TYPE_CHECKING:
     from corrigible.store.pairs import Pair
@@ -214,27 +215,6 @@ def texts_cut(backbone: Backbone, examples: Sequence[Example], config: RewardCon
 # -- tuned ------------------------------------------------------------------------------------------
 
 
-class _Tuned(nn.Module):
-    """Backbone and head as one module, so one optimiser and one state hold both."""
-
-    def __init__(
-        self, backbone: Backbone, config: RewardConfig, standardiser: Standardiser, weight: Tensor
-    ) -> None:
-        super().__init__()
-        self.backbone = backbone
-        self.config = config
-        self.standardiser = standardiser
-        self.inner = backbone.module
-        self.weight = nn.Parameter(weight.float().to(backbone.device))
-        self.members = nn.Parameter(weight.float().to(backbone.device).repeat(config.members, 1))
-
-    def forward(self, parts: Sequence[Sequence[Encoded]], named: Tensor) -> tuple[Tensor, Tensor]:
-        """Scores (n,) and, on detached vectors, those of the bootstrap heads (n, members)."""
-        vectors = self.backbone.represent(parts, self.config)
-        z = self.standardiser(torch.cat([vectors, named.to(vectors)], dim=1))
-        return z @ self.weight, z.detach() @ self.members.T
-
-
 def _fit_tuned(
     train: Sequence[Pair],
     validation: Sequence[Pair] | None,
@@ -268,7 +248,7 @@ def _fit_tuned(
         torch.manual_seed(config.seed)
         for name, value in backbone.module.named_parameters():
             value.requires_grad_(trains(name, backbone, config))
-        tuned = _Tuned(backbone, config, standardiser, weight)
+        tuned = TunedReward(backbone, config, standardiser, weight)
         history = _epochs(tuned, made, check, config, work_dir)
     backbone.module.eval()
     model = RewardModel(
@@ -294,23 +274,16 @@ def _fit_tuned(
 
 
 def _epochs(
-    tuned: _Tuned, made: Problem, check: Problem | None, config: RewardConfig, work_dir: Path | None
+    tuned: TunedReward, made: Problem, check: Problem | None, config: RewardConfig, work_dir: Path | None
 ) -> dict[str, Any]:
     """Train, leave the best epoch's weights in ``tuned``, and return what was measured."""
     from corrigible.events import Metric, emit, track
 
     backbone = tuned.backbone
-    groups = [
-        {"params": [p for p in tuned.inner.parameters() if p.requires_grad], "lr": config.learning_rate},
-        {"params": [tuned.weight, tuned.members], "lr": config.head_learning_rate, "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW(groups, weight_decay=config.weight_decay)
+    optimiser = Optimiser(*tuned.groups(), seed=config.seed)
     per_epoch = -(-len(made.data) // config.batch_pairs)
     total = per_epoch * config.epochs
     warm = max(1, round(config.warmup * total))
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / warm, max(0.0, (total - step) / max(1, total - warm)))
-    )
     encoded = backbone.encode(made.examples, config)
     named = torch.from_numpy(
         feature_rows(config.features, [example.texts for example in made.examples])
@@ -322,9 +295,7 @@ def _epochs(
     best_loss, best_state, first, idle = float("inf"), _snapshot(tuned), 0, 0
     resumed = state.load()
     if resumed is not None:
-        _restore(tuned, resumed["now"])
-        optimizer.load_state_dict(resumed["optimizer"])
-        schedule.load_state_dict(resumed["schedule"])
+        optimiser.load(resumed["optimiser"])
         curve, best_loss, best_state = resumed["curve"], resumed["best_loss"], resumed["best"]
         first, idle = int(resumed["epoch"]), int(resumed["idle"])
     elif check is not None and config.warm_start:
@@ -340,17 +311,13 @@ def _epochs(
         tuned.inner.train()
         losses = []
         batches = [order[i : i + config.batch_pairs] for i in range(0, len(order), config.batch_pairs)]
-        for rows in track(
-            batches, f"train reward model, epoch {epoch + 1}", total=len(batches), unit="batch"
+        for number, rows in enumerate(
+            track(batches, f"train reward model, epoch {epoch + 1}", total=len(batches), unit="batch")
         ):
-            losses.append(_step(tuned, made, encoded, named, times, rows, config))
-            trainable = [p for group in optimizer.param_groups for p in group["params"]]
-            norm = nn.utils.clip_grad_norm_(trainable, 1.0)
-            if not torch.isfinite(norm):
-                raise NumericsError("the gradient became NaN.", advice="Lower the learning rate.")
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            schedule.step()
+            step = epoch * per_epoch + number
+            share = min((step + 1) / warm, max(0.0, (total - step) / max(1, total - warm)))
+            data, drawn = made.data.take(rows), times[torch.from_numpy(rows)]
+            losses.append(tuned.update(optimiser, encoded, named, data, drawn, lr=share))
         tuned.inner.eval()
         row = {"epoch": epoch + 1, "train_log_loss": float(np.mean(losses))}
         emit(Metric(name="reward/train_log_loss", value=row["train_log_loss"], step=epoch + 1))
@@ -365,11 +332,9 @@ def _epochs(
         curve.append(row)
         state.save(
             {
-                "now": _snapshot(tuned),
                 "best": best_state,
                 "best_loss": best_loss,
-                "optimizer": optimizer.state_dict(),
-                "schedule": schedule.state_dict(),
+                "optimiser": optimiser.state(),
                 "curve": curve,
                 "epoch": epoch + 1,
                 "idle": idle,
@@ -387,73 +352,7 @@ def _bootstrap_times(units: NDArray[np.int64], members: int, rng: np.random.Gene
     return np.asarray(draws[units], dtype=np.float32)
 
 
-def _step(
-    tuned: _Tuned,
-    made: Problem,
-    encoded: Sequence[Sequence[Encoded]],
-    named: Tensor,
-    times: Tensor,
-    rows: NDArray[np.int64],
-    config: RewardConfig,
-) -> float:
-    """Accumulate the gradient of one batch of pairs; returns its log-loss."""
-    device = tuned.backbone.device
-    total = float(made.data.weight[torch.from_numpy(rows)].sum())
-    if total <= 0:
-        return 0.0
-    loss_sum = 0.0
-    for piece in _micro_batches(made, encoded, rows, config):
-        data = made.data.take(piece)
-        used, where = torch.unique(torch.cat([data.chosen, data.rejected]), return_inverse=True)
-        if float(data.weight.sum()) <= 0:
-            continue
-        parts = [[part[i] for i in used.tolist()] for part in encoded]
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda"):
-            scores, spread = tuned(parts, named[used])
-        chosen, rejected = (index.to(device) for index in where.view(2, -1))
-        out = bradley_terry_loss(
-            scores[chosen],
-            scores[rejected],
-            p_chosen=data.p,
-            weight=data.weight,
-            center=config.center,
-            denominator=total,
-        )
-        loss = out.loss
-        if config.members:
-            drawn = times[torch.from_numpy(np.asarray(piece))].to(device)
-            delta = spread[chosen].float() - spread[rejected].float()
-            p, weight = (value.float().to(device).unsqueeze(1) for value in (data.p, data.weight))
-            cost = p * nn.functional.softplus(-delta) + (1 - p) * nn.functional.softplus(delta)
-            loss = loss + (drawn * weight * cost).sum() / total
-        loss.backward()  # type: ignore[no-untyped-call]
-        loss_sum += out.metrics["log_loss"]
-    return loss_sum
-
-
-def _micro_batches(
-    made: Problem, encoded: Sequence[Sequence[Encoded]], rows: NDArray[np.int64], config: RewardConfig
-) -> list[list[int]]:
-    """Cut one batch of pairs so that its distinct texts hold at most ``batch_tokens`` tokens."""
-    pieces: list[list[int]] = []
-    piece: list[int] = []
-    seen: set[int] = set()
-    tokens = 0
-    for row in rows.tolist():
-        sides = {int(made.data.chosen[row]), int(made.data.rejected[row])} - seen
-        extra = sum(len(part[side].ids) for part in encoded for side in sides)
-        if piece and tokens + extra > config.batch_tokens:
-            pieces.append(piece)
-            sides = {int(made.data.chosen[row]), int(made.data.rejected[row])}
-            piece, seen = [], set()
-            tokens, extra = 0, sum(len(part[side].ids) for part in encoded for side in sides)
-        piece.append(row)
-        seen |= sides
-        tokens += extra
-    return [*pieces, piece] if piece else pieces
-
-
-def _validation_loss(tuned: _Tuned, check: Problem, config: RewardConfig) -> float:
+def _validation_loss(tuned: TunedReward, check: Problem, config: RewardConfig) -> float:
     """Log-loss in nats at the best temperature: early stopping should not reward shrinking the scale."""
     tuned.inner.eval()
     values = []
@@ -471,7 +370,7 @@ def _cuda_devices() -> list[int]:
     return list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
 
 
-def _snapshot(tuned: _Tuned) -> dict[str, Tensor]:
+def _snapshot(tuned: TunedReward) -> dict[str, Tensor]:
     state = {
         f"inner.{k}": v.detach().cpu().clone() for k, v in trained_state(tuned.backbone, tuned.config).items()
     }
@@ -480,7 +379,7 @@ def _snapshot(tuned: _Tuned) -> dict[str, Tensor]:
     return state
 
 
-def _restore(tuned: _Tuned, state: dict[str, Tensor]) -> None:
+def _restore(tuned: TunedReward, state: dict[str, Tensor]) -> None:
     inner = {key.removeprefix("inner."): value for key, value in state.items() if key.startswith("inner.")}
     restore_state(tuned.backbone, inner)
     with torch.no_grad():
@@ -505,11 +404,16 @@ class _Checkpoint:
         if self.path is None or not self.path.is_file():
             return None
         try:
-            return dict(torch.load(self.path, weights_only=True))
+            state = dict(torch.load(self.path, weights_only=True))
         except Exception as error:
             raise StorageError(
                 f"the checkpoint {self.path} cannot be read: {error}.", advice="Delete it to start again."
             ) from error
+        if "optimiser" not in state:
+            raise StorageError(
+                f"the checkpoint {self.path} is of an earlier version.", advice="Delete it to start again."
+            )
+        return state
 
     def save(self, state: dict[str, Any]) -> None:
         if self.path is None:
