@@ -33,18 +33,21 @@ from bench.options import add_common_options, as_training, prepared_for
 from bench.pairs import Group
 from bench.prepared import Prepared
 from bench.process import Measurement, Training, forget_peak, peak_rss_mb, recent_peak_rss_mb, report
-from torch import nn
 
 from corrigible.align import TrainConfig, Trainer, get_algorithm
 from corrigible.align.advantages import group_advantages
 from corrigible.align.groups import GroupExample
-from corrigible.align.reference import micro_batches
 from corrigible.align.sources import PairExample, row_key
 from corrigible.align.unpaired import UnpairedExample
 from corrigible.errors import BadInputError
 from corrigible.models import LanguagePolicy, Rendered, load_policy
+from corrigible.models.optimiser import Group as Trained
+from corrigible.models.optimiser import Optimiser
 from corrigible.models.scoring import Scorer
-from corrigible.rewards.losses import bradley_terry_loss
+from corrigible.rewards.backbones import Encoded, causal_backbone
+from corrigible.rewards.config import RewardConfig
+from corrigible.rewards.head import Comparisons, Standardiser
+from corrigible.rewards.tuning import TunedReward
 
 Batches = Sequence[Sequence[Group]]
 
@@ -89,90 +92,90 @@ class GivenExamples:
         return []
 
 
-def dpo(
-    policy: LanguagePolicy,
-    batches: Sequence[Sequence[Group]],
-    prepared: Prepared,
-    config: TrainConfig,
-    out: Path,
-) -> Update:
+@dataclass(frozen=True)
+class Task:
+    """What to train on what.
+
+    Attributes:
+        policy: trained in place.
+        batches: one for each step.
+        prepared: where they and the weights come from.
+        config: of the trainer.
+        out: folder of the run.
+    """
+
+    policy: LanguagePolicy
+    batches: Batches
+    prepared: Prepared
+    config: TrainConfig
+    out: Path
+
+
+def dpo(task: Task) -> Update:
     """DPO through the one trainer."""
-    source = GivenExamples("pairs", [[_pair(group) for group in batch] for batch in batches])
-    return _through_trainer("dpo", policy, source, config, out)
+    return _through_trainer(
+        task, "dpo", "pairs", [[_pair(group) for group in batch] for batch in task.batches]
+    )
 
 
-def kto(
-    policy: LanguagePolicy,
-    batches: Sequence[Sequence[Group]],
-    prepared: Prepared,
-    config: TrainConfig,
-    out: Path,
-) -> Update:
+def kto(task: Task) -> Update:
     """KTO through the one trainer: desirable answers first, as :mod:`bench.rival` gives them to TRL."""
-    source = GivenExamples("unpaired", [_unpaired(batch) for batch in batches])
-    return _through_trainer("kto", policy, source, config, out)
+    return _through_trainer(task, "kto", "unpaired", [_unpaired(batch) for batch in task.batches])
 
 
-def grpo(
-    policy: LanguagePolicy,
-    batches: Sequence[Sequence[Group]],
-    prepared: Prepared,
-    config: TrainConfig,
-    out: Path,
-) -> Update:
+def grpo(task: Task) -> Update:
     """GRPO through the one trainer; behaviour log-probs are those of the policy before the first step."""
-    scorer = Scorer(policy)
-    source = GivenExamples("groups", [[_group(group, scorer) for group in batch] for batch in batches])
-    return _through_trainer("grpo", policy, source, config, out)
+    scorer = Scorer(task.policy)
+    batches = [[_group(group, scorer) for group in batch] for batch in task.batches]
+    return _through_trainer(task, "grpo", "groups", batches)
 
 
-def reward(
-    policy: LanguagePolicy,
-    batches: Sequence[Sequence[Group]],
-    prepared: Prepared,
-    config: TrainConfig,
-    out: Path,
-) -> Update:
+def reward(task: Task) -> Update:
     """A reward model: a linear head on each row's last state, Bradley-Terry, all weights trained.
 
-    The one trainer moves policies by log-probs, so this loop is written out here, of the library's
-    scorer, loss and micro-batches and with the trainer's optimiser.
+    The update is that of ``corrigible train reward`` with a tuned causal backbone, on prepared tokens, with
+    a head that stands on the plain states and is updated as the backbone is.
     """
-    scorer = Scorer(policy)
-    head = nn.Parameter(prepared.score())
-    parameters = policy.trainable_parameters()
-    masters = [p if p.dtype == torch.float32 else nn.Parameter(p.detach().float()) for p in parameters]
-    optimiser = torch.optim.AdamW(
-        [*masters, head], lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay
+    config = task.config
+    start = task.prepared.score()
+    settings = RewardConfig(
+        backbone=str(task.prepared.model),
+        tune="full",
+        text="prompt+response",
+        pooling="last",
+        features=(),
+        members=0,
+        batch_tokens=config.micro_batch_tokens,
+    )
+    tuned = TunedReward(
+        causal_backbone(settings.backbone, task.policy),
+        settings,
+        Standardiser(torch.zeros_like(start), torch.ones_like(start)),
+        start,
+    )
+    optimiser = Optimiser(
+        Trained(
+            {name: p for name, p in tuned.named_parameters() if p.requires_grad},
+            weight_decay=config.weight_decay,
+        ),
+        betas=config.betas,
+        eps=config.eps,
+        seed=config.seed,
     )
 
     def step(number: int) -> float:
-        pairs = [_pair(group).rows for group in batches[number]]
-        loss = 0.0
-        for part in micro_batches([scorer.size(rows) for rows in pairs], config.micro_batch_tokens):
-            states = scorer.states([pairs[i] for i in part], grad=True)
-            scores = (states @ head).view(-1, 2)
-            output = bradley_terry_loss(scores[:, 0], scores[:, 1], denominator=float(len(pairs)))
-            output.loss.backward()
-            loss += float(output.loss.detach())
-        for parameter, master in zip(parameters, masters, strict=True):
-            # The output layer is not read; where it is a weight of its own, it has no gradient.
-            if master is not parameter and parameter.grad is not None:
-                master.grad = parameter.grad.float()
-        nn.utils.clip_grad_norm_([*masters, head], config.max_grad_norm)
-        optimiser.step()
-        with torch.no_grad():
-            for parameter, master in zip(parameters, masters, strict=True):
-                if master is not parameter:
-                    parameter.copy_(master)
-                parameter.grad = master.grad = None
-            head.grad = None
-        return loss
+        groups = task.batches[number]
+        texts = [_encoded(group, completion) for group in groups for completion in group.completions[:2]]
+        place = torch.arange(len(texts)).view(-1, 2)
+        ones = torch.ones(len(groups))
+        pairs = Comparisons(place[:, 0], place[:, 1], ones, ones)
+        named = torch.zeros(len(texts), 0)
+        return tuned.update(optimiser, [texts], named, pairs, lr=config.lr, max_gradient=config.max_grad_norm)
 
     return Update(step, 0.0, {"micro_batch_tokens": config.micro_batch_tokens})
 
 
-UPDATES: dict[str, Callable[..., Update]] = {"dpo": dpo, "reward": reward, "kto": kto, "grpo": grpo}
+UPDATES: dict[str, Callable[[Task], Update]] = {"dpo": dpo, "reward": reward, "kto": kto, "grpo": grpo}
 """How each algorithm's update is made."""
 
 
@@ -207,7 +210,7 @@ def measure(prepared: Prepared, training: Training, assignments: Sequence[str] =
         }
     )
     with tempfile.TemporaryDirectory(prefix="corrigible-bench-") as folder:
-        update = UPDATES[training.algorithm](policy, batches, prepared, config, Path(folder))
+        update = UPDATES[training.algorithm](Task(policy, batches, prepared, config, Path(folder)))
         setup = time.perf_counter() - began
         can_tell = forget_peak()
         seconds: list[float] = []
@@ -240,10 +243,10 @@ def measure(prepared: Prepared, training: Training, assignments: Sequence[str] =
     )
 
 
-def _through_trainer(
-    algorithm: str, policy: LanguagePolicy, source: GivenExamples, config: TrainConfig, out: Path
-) -> Update:
-    trainer = Trainer(policy, get_algorithm(algorithm), source, config, out=out)
+def _through_trainer(task: Task, algorithm: str, kind: str, batches: Sequence[Sequence[Any]]) -> Update:
+    config = task.config
+    source = GivenExamples(kind, batches)
+    trainer = Trainer(task.policy, get_algorithm(algorithm), source, config, out=task.out)
     began = time.perf_counter()
     trainer._prepare_reference()
     reference = time.perf_counter() - began
@@ -259,6 +262,11 @@ def _through_trainer(
 
 def _row(group: Group, completion: Sequence[int]) -> Rendered:
     return Rendered.from_tokens(group.prompt, completion)
+
+
+def _encoded(group: Group, completion: Sequence[int]) -> Encoded:
+    ids = (*group.prompt, *completion)
+    return Encoded(ids, len(group.prompt), len(ids))
 
 
 def _pair(group: Group) -> PairExample:
