@@ -1,15 +1,18 @@
-"""Log-probs and entropies off the output layer, and their gradients, equal the equations."""
+"""What is read off the output layer (log-probs, entropies, divergences, top-k) equals its equation."""
 
 from __future__ import annotations
 
 import math
 import random
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from corrigible.models.head import Scores, score
+from corrigible.errors import BadInputError
+from corrigible.models.head import STRIPE, Scores, divergence, score, top_k
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 4e-2}
 """Relative to the norm. In bfloat16 logits of size 4 are up to 0.016 off, and so is what is made of them."""
@@ -213,3 +216,231 @@ def test_the_widest_tensor_is_one_block(monkeypatch: pytest.MonkeyPatch) -> None
     options = {"block_bytes": 8 * 1000 * 10, "keep_bytes": 0}
     score(hidden.requires_grad_(), weight, targets, **options).logprobs.sum().backward()
     assert 0 < largest <= 10 * 1000
+
+
+# -- divergence -----------------------------------------------------------------------------------
+
+Layer = tuple[Tensor, Tensor, Tensor | None]
+"""Hidden states, weight and bias."""
+
+
+def two_layers(seed: int, rows: int, vocabulary: int, *, bias: bool) -> tuple[Layer, Layer]:
+    """Of different widths, for the two models may be."""
+    found = []
+    for number, width in enumerate((3, 5)):
+        hidden, weight, _, b = problem(2 * seed + number, rows, width, vocabulary)
+        found.append((hidden / math.sqrt(width), weight, b if bias else None))
+    return found[0], found[1]
+
+
+def apart(a: Layer, b: Layer, **options: float) -> Tensor:
+    return divergence(a[0], a[1], b[0], b[1], bias_a=a[2], bias_b=b[2], **options)
+
+
+def apart_graded(a: Layer, b: Layer, dtype: torch.dtype = torch.float64, **options: float) -> list[Tensor]:
+    """Divergences, and the gradients of the first layer's hidden states, weight and bias."""
+    leaves = [None if x is None else x.to(dtype, copy=True).requires_grad_() for x in a]
+    constants = [None if x is None else x.to(dtype, copy=True).requires_grad_() for x in b]
+    found = apart((leaves[0], leaves[1], leaves[2]), (constants[0], constants[1], constants[2]), **options)
+    (found.double() * weights_of(len(found))[0]).sum().backward()
+    assert all(x is None or x.grad is None for x in constants), "the other layer is a constant"
+    return [found.detach(), *(x.grad for x in leaves if x is not None)]
+
+
+def log_softmax_by_hand(layer: Layer, row: int, temperature: float) -> list[float]:
+    h, w = layer[0][row].tolist(), layer[1].tolist()
+    b = [0.0] * len(w) if layer[2] is None else layer[2].tolist()
+    z = [(sum(x * y for x, y in zip(h, line, strict=True)) + b[j]) / temperature for j, line in enumerate(w)]
+    most = max(z)
+    log_total = most + math.log(sum(math.exp(x - most) for x in z))
+    return [x - log_total for x in z]
+
+
+def apart_by_hand(a: Layer, b: Layer, temperature: float, reverse: bool) -> list[Tensor]:
+    """``KL(a || b) = sum_j p_j (log p_j - log q_j)``, and its slopes after ``z_i``, a's logits before ``T``.
+
+    By the chain rule over every ``j``, not by the closed form that the code uses:
+    ``d log p_j / dz_i = ([i = j] - p_i) / T``, so ``KL(a || b)`` has
+    ``sum_j p_j ([i = j] - p_i) (log p_j - log q_j + 1) / T`` and ``KL(b || a)``
+    ``-sum_j q_j ([i = j] - p_i) / T``.
+    """
+    (rows, width), vocabulary = a[0].shape, len(a[1])
+    scale = weights_of(rows)[0].tolist()
+    values = []
+    grad_h, grad_w = torch.zeros(rows, width).double(), torch.zeros(vocabulary, width).double()
+    grad_b = torch.zeros(vocabulary).double()
+    for t in range(rows):
+        log_p, log_q = (log_softmax_by_hand(layer, t, temperature) for layer in (a, b))
+        p, q = [math.exp(x) for x in log_p], [math.exp(x) for x in log_q]
+        values.append(
+            sum(
+                q[j] * (log_q[j] - log_p[j]) if reverse else p[j] * (log_p[j] - log_q[j])
+                for j in range(vocabulary)
+            )
+        )
+        for i in range(vocabulary):
+            slope = 0.0
+            for j in range(vocabulary):
+                change = ((i == j) - p[i]) / temperature
+                slope += -q[j] * change if reverse else p[j] * change * (log_p[j] - log_q[j] + 1.0)
+            grad_b[i] += scale[t] * slope
+            grad_w[i] += scale[t] * slope * a[0][t]
+            grad_h[t] += scale[t] * slope * a[1][i]
+    return [torch.tensor(values, dtype=torch.float64), grad_h, grad_w, *([] if a[2] is None else [grad_b])]
+
+
+@pytest.mark.parametrize("reverse", [False, True], ids=["a from b", "b from a"])
+@pytest.mark.parametrize("temperature", [1.0, 0.6, 2.0])
+@pytest.mark.parametrize("bias", [False, True], ids=["no bias", "bias"])
+@pytest.mark.parametrize("size", [1, 1000, 1 << 30], ids=["row by row", "blocks", "one block"])
+def test_divergence_equals_its_equation(reverse: bool, temperature: float, bias: bool, size: int) -> None:
+    for seed, (rows, vocabulary) in enumerate([(1, 13), (19, 11), (17, 2)]):
+        a, b = two_layers(seed, rows, vocabulary, bias=bias)
+        expected = apart_by_hand(a, b, temperature, reverse)
+        for dtype in (torch.float64, torch.float32):
+            found = apart_graded(a, b, dtype, temperature=temperature, reverse=reverse, block_bytes=size)
+            assert {x.dtype for x in found} == {dtype}
+            assert_close(found, expected, TOLERANCE[dtype])
+
+
+def test_divergence_in_bfloat16_is_that_of_the_rounded_logits() -> None:
+    """Not within some tolerance of rounded sums: only the logits themselves are rounded."""
+    a, b = two_layers(3, 40, 301, bias=True)
+    half_a, half_b = ([None if x is None else x.bfloat16() for x in layer] for layer in (a, b))
+    found = apart((half_a[0], half_a[1], half_a[2]), (half_b[0], half_b[1], half_b[2]))
+    p, q = (torch.nn.functional.linear(*layer).double().log_softmax(dim=-1) for layer in (half_a, half_b))
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), (p.exp() * (p - q)).sum(dim=-1), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+def test_divergence_passes_gradcheck(reverse: bool, bias: bool) -> None:
+    a, b = two_layers(5, 6, 7, bias=bias)
+    leaves = [x.requires_grad_() for x in a if x is not None]
+
+    def function(hidden: Tensor, weight: Tensor, one: Tensor | None = None) -> Tensor:
+        return apart((hidden, weight, one), b, temperature=0.7, reverse=reverse, block_bytes=2 * 7 * 16)
+
+    assert torch.autograd.gradcheck(function, leaves)
+    with torch.no_grad():
+        assert not function(*leaves).requires_grad
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("reverse", [False, True])
+def test_equal_distributions_are_at_distance_0(dtype: torch.dtype, reverse: bool) -> None:
+    (hidden, weight, bias), _ = two_layers(7, 23, 501, bias=True)
+    layer = hidden.to(dtype), weight.to(dtype), bias.to(dtype)
+    assert apart(layer, layer, reverse=reverse).tolist() == [0.0] * 23
+    # A bias that shifts all logits alike changes the logits and not the distribution.
+    shifted = hidden, weight, bias + 3.0
+    found = apart((hidden.float(), weight.float(), bias.float()), tuple(x.float() for x in shifted))
+    assert float(found.min()) >= 0.0 and float(found.max()) <= 1e-6
+
+
+def test_a_small_divergence_is_not_lost_in_rounding() -> None:
+    """Of two near distributions with logits in the twenties: about 2e-4 nats, in float32."""
+    hidden, weight, _, _ = problem(9, 30, 8, 701)
+    hidden, weight = 3.0 * hidden.float(), weight.float()
+    near = weight + 0.002 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(1))
+    exact = apart((hidden.double(), weight.double(), None), (hidden.double(), near.double(), None))
+    found = apart((hidden, weight, None), (hidden, near, None))
+    assert 1e-6 < float(exact.mean()) < 1e-3
+    assert float((found - exact).abs().max()) < 2e-7 + 0.01 * float(exact.mean())
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_logits_of_10000_are_no_harm(reverse: bool) -> None:
+    eye = torch.eye(3)
+    a, b = (
+        torch.tensor([[1e4, 0.0, -1e4], [0.0, 0.0, 0.0]]),
+        torch.tensor([[-1e4, 0.0, 1e4], [1e4, 0.0, 0.0]]),
+    )
+    found, grad, *_ = apart_graded((a, eye, None), (b, eye, None), torch.float32, reverse=reverse)
+    # The first pair is certain of opposite things. The second: a coin of three sides and a certain one.
+    even = math.log(3) if reverse else 2e4 / 3 - math.log(3)
+    assert found.tolist() == pytest.approx([2e4, even], rel=1e-6)
+    assert bool(grad.isfinite().all())
+
+
+def test_divergence_of_layers_that_do_not_fit() -> None:
+    a, b = two_layers(1, 4, 9, bias=False)
+    with pytest.raises(BadInputError, match=r"vocabulary_mismatch.* 9 entries, the other 8"):
+        apart(a, (b[0], b[1][:8], None))
+    with pytest.raises(BadInputError, match="4 and 3 positions"):
+        apart(a, (b[0][:3], b[1], None))
+    assert apart((a[0][:0], a[1], None), (b[0][:0], b[1], None)).shape == (0,)
+
+
+# -- the likeliest tokens -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("k", [1, 4, 11])
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+@pytest.mark.parametrize("size", [1, 500, 1 << 30])
+def test_top_k_equals_sorting(k: int, temperature: float, size: int) -> None:
+    layer, _ = two_layers(4, 37, 11, bias=True)
+    for dtype in (torch.float64, torch.float32):
+        hidden, weight, bias = (x.to(dtype).requires_grad_() for x in layer if x is not None)
+        found = top_k(hidden, weight, k, bias=bias, temperature=temperature, block_bytes=size)
+        assert not found.logprobs.requires_grad and found.logprobs.dtype == found.rest.dtype == dtype
+        for row in range(37):
+            every = log_softmax_by_hand(layer, row, temperature)
+            order = sorted(range(11), key=lambda j: -every[j])
+            assert found.ids[row].tolist() == order[:k]
+            assert found.logprobs[row].tolist() == pytest.approx([every[j] for j in order[:k]], abs=1e-5)
+            rest = sum(math.exp(every[j]) for j in order[k:])
+            assert float(found.rest[row]) == pytest.approx(rest, rel=1e-5)
+
+
+def test_what_is_left_of_a_nearly_certain_token_is_not_rounded_away() -> None:
+    found = top_k(torch.tensor([[30.0]]), torch.tensor([[1.0], [0.0], [0.0]]), 1)
+    assert float(found.rest) == pytest.approx(2 * math.exp(-30), rel=1e-6)
+
+
+def test_top_k_of_too_many_and_of_no_positions() -> None:
+    _, weight, _, _ = problem(5, 1, 4, 13)
+    for k in (0, -1, 14):
+        with pytest.raises(BadInputError, match=f"k is {k}"):
+            top_k(torch.zeros(2, 4).double(), weight, k)
+    none = top_k(torch.zeros(0, 4).double(), weight, 3)
+    assert (none.logprobs.shape, none.ids.shape, none.rest.shape) == ((0, 3), (0, 3), (0,))
+
+
+# -- memory ---------------------------------------------------------------------------------------
+
+
+class Largest(TorchDispatchMode):
+    """Records the most entries of a float32 tensor that any operation gives, and of any tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide = self.any = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(tensor, Tensor):
+                self.any = max(self.any, tensor.numel())
+                if tensor.dtype == torch.float32:
+                    self.wide = max(self.wide, tensor.numel())
+        return result
+
+
+@pytest.mark.parametrize("what", ["score", "entropy", "divergence", "top-k"])
+def test_float32_is_never_wider_than_a_stripe(what: str) -> None:
+    rows, width, vocabulary = 64, 4, 1009
+    hidden, weight, targets, _ = problem(6, rows, width, vocabulary)
+    hidden, weight = hidden.bfloat16().requires_grad_(), weight.bfloat16()
+    layer, size = (hidden, weight, None), 40 * vocabulary
+    with Largest() as seen:
+        if what == "top-k":
+            top_k(hidden, weight, 5, block_bytes=size)
+        elif what == "divergence":
+            apart(layer, layer, block_bytes=size).sum().backward()
+        else:
+            found = score(hidden, weight, targets, entropy=what == "entropy", block_bytes=size, keep_bytes=0)
+            (found.logprobs if found.entropy is None else found.entropy).sum().backward()
+    assert STRIPE * vocabulary >= seen.wide > 0
+    assert seen.any <= 20 * vocabulary, "logits of one block, and of no more rows"

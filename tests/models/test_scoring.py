@@ -157,6 +157,167 @@ def test_in_bfloat16_the_scores_are_near_those_in_float32(shared_policy: Languag
     assert 0 < float(difference.mean()) < 0.06 and float(difference.max()) < 0.4
 
 
+# -- whole distributions ----------------------------------------------------------------------------
+
+
+def adapted(kind: str = "plain") -> LanguagePolicy:
+    """tiny-random with an adapter that does something; ``kind`` says to which layers."""
+    import peft
+
+    policy = load_policy("tiny-random", dtype="float32", device="cpu")
+    if kind == "plain":
+        policy.add_lora(rank=4)
+    else:
+        network = policy.network
+        network.config.tie_word_embeddings = False
+        network.lm_head.weight = torch.nn.Parameter(network.lm_head.weight.detach().clone())
+        options = (
+            {"target_modules": ["q_proj", "lm_head"]}
+            if kind == "output layer"
+            else {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}
+        )
+        config = peft.LoraConfig(r=2, lora_alpha=4, task_type="CAUSAL_LM", **options)
+        policy.model = peft.get_peft_model(network, config).eval()
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in policy.trainable_parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return policy
+
+
+def apart(p: Tensor, q: Tensor, reverse: bool) -> Tensor:
+    """KL divergence of rows of log-probs; ``q`` is a constant."""
+    q = q.detach()
+    return (q.exp() * (q - p) if reverse else p.exp() * (p - q)).sum(dim=-1)
+
+
+def gradients(policy: LanguagePolicy, values: list[Tensor]) -> Tensor:
+    policy.model.zero_grad(set_to_none=True)
+    sum((i + 1) * v.sum() for i, v in enumerate(values)).backward()
+    found = [p.grad for p in policy.trainable_parameters() if p.grad is not None]
+    return torch.cat([g.flatten().double() for g in found])
+
+
+def assert_same_gradient(a: Tensor, b: Tensor) -> None:
+    assert a.shape == b.shape
+    assert float(torch.dot(a, b) / (a.norm() * b.norm())) >= 0.999999
+    assert abs(float(a.norm() / b.norm()) - 1) <= 1e-5
+
+
+@pytest.mark.parametrize("reverse, temperature", [(False, 1.0), (True, 0.7), (False, 1.6)])
+@pytest.mark.parametrize("kind", ["plain", "output layer", "whole output layer"])
+@pytest.mark.parametrize("name", PATHS)
+def test_divergence_from_the_model_below_its_adapter(
+    name: str, kind: str, reverse: bool, temperature: float
+) -> None:
+    policy = adapted(kind)
+    expected = []
+    for row in ROWS:
+        with torch.no_grad(), policy.adapter_disabled():
+            q = table(policy, row, temperature)
+        expected.append(apart(table(policy, row, temperature), q, reverse))
+    wanted = gradients(policy, expected)
+    with path(policy, name):
+        scorer = Scorer(policy)
+        assert (scorer.network is not None) is (name == "packed" and kind == "plain")
+        found = scorer.divergence(examples(), reverse=reverse, grad=True, temperature=temperature)
+        for values, right in zip(found.divergences, expected, strict=True):
+            assert values.dtype == torch.float32
+            torch.testing.assert_close(values, right, atol=1e-5, rtol=1e-4)
+        assert float(torch.cat(found.divergences).mean()) > 0.01
+        assert_same_gradient(gradients(policy, found.divergences), wanted)
+        alone = scorer.divergence(([row] for row in ROWS), reverse=reverse, temperature=temperature)
+        for a, b in zip(alone.divergences, found.divergences, strict=True):
+            assert not a.requires_grad
+            torch.testing.assert_close(a, b.detach(), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("mine", PATHS)
+@pytest.mark.parametrize("theirs", PATHS)
+def test_divergence_from_another_policy(mine: str, theirs: str) -> None:
+    """On whatever paths the two are; the other gets no gradient."""
+    policy, reference = adapted(), adapted()
+    with torch.no_grad():
+        for parameter in reference.trainable_parameters():
+            parameter.mul_(-0.7)
+    tables = [(table(policy, row), table(reference, row)) for row in ROWS]
+    with path(policy, mine), path(reference, theirs):
+        found = Scorer(policy).divergence(examples(), Scorer(reference), grad=True, logprobs=True)
+        for values, (p, q) in zip(found.divergences, tables, strict=True):
+            torch.testing.assert_close(values, apart(p, q, False), atol=1e-5, rtol=1e-4)
+        a = gradients(policy, found.divergences)
+        assert_same_gradient(a, gradients(policy, [apart(p, q, False) for p, q in tables]))
+        assert all(p.grad is None for p in reference.trainable_parameters())
+        assert found.logprobs is not None and found.other_logprobs is not None
+        for one, logprobs in ((policy, found.logprobs), (reference, found.other_logprobs)):
+            for values, row in zip(logprobs, ROWS, strict=True):
+                torch.testing.assert_close(values, chosen(one, row), atol=2e-5, rtol=0)
+
+
+def test_a_policy_is_at_distance_0_from_itself(scorer: Scorer) -> None:
+    found = scorer.divergence(examples(), scorer)
+    assert found.logprobs is None and found.other_logprobs is None
+    assert torch.cat(found.divergences).tolist() == [0.0] * sum(len(row.scored) for row in ROWS)
+
+
+def test_policies_that_cannot_be_compared(scorer: Scorer) -> None:
+    with pytest.raises(BadInputError, match="no adapter to switch off"):
+        scorer.divergence(examples())
+    wider = load_policy("tiny-random")
+    wider.model.resize_token_embeddings(300, mean_resizing=False)
+    with pytest.raises(BadInputError, match="vocabulary_mismatch"):
+        scorer.divergence(examples(), Scorer(wider))
+    renamed = load_policy("tiny-random")
+    renamed.tokenizer.add_tokens(["a token that the other does not have"])
+    with pytest.raises(BadInputError, match="vocabulary_mismatch"):
+        scorer.divergence(examples(), Scorer(renamed))
+    with pytest.raises(BadInputError, match="temperature is 0"):
+        scorer.divergence(examples(), scorer, temperature=0.0)
+
+
+@pytest.mark.parametrize("side", ["this", "other"])
+def test_a_divergence_that_is_not_finite_is_named(scorer: Scorer, side: str) -> None:
+    broken = load_policy("tiny-random")
+    with torch.no_grad():
+        broken.network.model.norm.weight[0] = torch.nan
+    pair = (Scorer(broken), scorer) if side == "this" else (scorer, Scorer(broken))
+    with pytest.raises(NumericsError, match="divergences of row 0"):
+        pair[0].divergence([[GOOD]], pair[1])
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_the_likeliest_tokens_before_each_scored_one(scorer: Scorer, temperature: float) -> None:
+    found = scorer.top_k(examples(), 7, temperature=temperature)
+    with torch.no_grad():
+        for top, row in zip(found, ROWS, strict=True):
+            every = table(scorer.policy, row, temperature)
+            assert top.logprobs.dtype == torch.float32 and not top.logprobs.requires_grad
+            torch.testing.assert_close(top.logprobs, every.topk(7).values, atol=2e-5, rtol=0)
+            torch.testing.assert_close(top.logprobs, every.gather(-1, top.ids), atol=2e-5, rtol=0)
+            rest = 1.0 - every.topk(7).values.exp().sum(dim=-1)
+            torch.testing.assert_close(top.rest, rest, atol=1e-5, rtol=0)
+    with pytest.raises(BadInputError, match="k is 260"):
+        scorer.top_k(examples(), 260)
+
+
+@pytest.mark.parametrize("kind", ["output layer", "whole output layer"])
+def test_an_adapter_on_the_output_layer_counts(kind: str) -> None:
+    policy = adapted(kind)
+    found = Scorer(policy).scores(examples(), grad=True, temperature=0.8, entropy=True)
+    tops = Scorer(policy).top_k(examples(), 3, temperature=0.8)
+    tables = [table(policy, row, 0.8) for row in ROWS]
+    assert found.entropies is not None
+    for values, entropies, top, row, every in zip(
+        found.logprobs, found.entropies, tops, ROWS, tables, strict=True
+    ):
+        torch.testing.assert_close(values, chosen(policy, row, 0.8), atol=2e-5, rtol=0)
+        torch.testing.assert_close(entropies, -(every * every.exp()).sum(dim=-1), atol=2e-5, rtol=1e-5)
+        torch.testing.assert_close(top.logprobs, every.topk(3).values, atol=2e-5, rtol=0)
+    a = gradients(policy, [*found.logprobs, *found.entropies])
+    b = [*(chosen(policy, row, 0.8) for row in ROWS), *(-(t * t.exp()).sum(dim=-1) for t in tables)]
+    assert_same_gradient(a, gradients(policy, b))
+
+
 # -- last states ----------------------------------------------------------------------------------
 
 

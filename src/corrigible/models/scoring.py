@@ -1,4 +1,4 @@
-"""Log-probs (and entropies, and last states) of rows of tokens, by the fastest path that is right.
+"""Log-probs of rows of tokens, and what else their distributions tell, by the fastest path that is right.
 
 The fast path packs rows without padding, computes what they share once, and runs the output layer on
 scored positions only (:mod:`corrigible.models.network`, :mod:`corrigible.models.head`). A model that
@@ -8,20 +8,25 @@ it does not know takes the plain path of transformers, padded on the right. Both
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from corrigible.errors import BadInputError, NumericsError
-from corrigible.models.head import Scores, score
+from corrigible.models.head import Scores, TopK, divergence, joined, largest, score, top_k
 from corrigible.models.network import Network, positions_depend_on_length
 from corrigible.models.packing import pack, packed_size
 from corrigible.models.policy import LanguagePolicy
 from corrigible.models.renderer import Rendered
 
 Rows = Sequence[Rendered]
+
+PLAIN_POSITIONS = 64
+"""Positions whose logits are taken at a time where the output layer is not a plain matrix."""
 
 OVERFLOW = "Something overflowed: lower the learning rate, or use float32 or bfloat16."
 
@@ -32,6 +37,21 @@ class RowScores:
 
     logprobs: list[Tensor]
     entropies: list[Tensor] | None
+
+
+@dataclass(frozen=True, slots=True)
+class RowDivergences:
+    """Per row, at its scored tokens in order, float32, nats.
+
+    Attributes:
+        divergences: KL divergence of the two next-token distributions, over the whole vocabulary.
+        logprobs: of the scored tokens themselves under this policy; None unless asked for.
+        other_logprobs: the same under the other.
+    """
+
+    divergences: list[Tensor]
+    logprobs: list[Tensor] | None = None
+    other_logprobs: list[Tensor] | None = None
 
 
 class Scorer:
@@ -89,21 +109,108 @@ class Scorer:
         entropy: bool = False,
     ) -> RowScores:
         """As a call, with the entropy at each scored position if asked for."""
-        rows, groups = _listed(examples)
-        check_rows(self.policy, rows)
-        if not 0.0 < temperature < float("inf"):
-            raise BadInputError(
-                f"temperature is {temperature}.", advice="Log-probs need one above 0; 1 is the plain model."
-            )
+        rows, groups = _checked(examples, self.policy, temperature)
         with torch.set_grad_enabled(grad):
-            if self.network is None:
-                found = self._plain(rows, temperature, entropy)
+            found = self._outputs(rows, groups).score(temperature, entropy)
+        logprobs = _split(found.logprobs, rows, "log-probabilities")
+        entropies = None if found.entropy is None else _split(found.entropy, rows, "entropies")
+        return RowScores(logprobs, entropies)
+
+    def divergence(
+        self,
+        examples: Iterable[Rows],
+        other: Scorer | None = None,
+        *,
+        reverse: bool = False,
+        grad: bool = False,
+        temperature: float = 1.0,
+        logprobs: bool = False,
+    ) -> RowDivergences:
+        """KL(this policy || other) of the next-token distributions before each scored token; exact.
+
+        Args:
+            examples: as for a call.
+            other: scores under another policy of the same vocabulary; by default this one with its
+                adapter disabled. It gets no gradient.
+            reverse: KL(other || this policy) instead.
+            grad: build the graph for a backward pass.
+            temperature: of both distributions.
+            logprobs: also the log-probs of the scored tokens under both, from the same forward passes.
+
+        Raises:
+            BadInputError: as a call does; or two vocabularies, or neither ``other`` nor an adapter.
+            NumericsError: either model gives NaN or an infinite value.
+        """
+        rows, groups = _checked(examples, self.policy, temperature)
+        adapter: Callable[[], AbstractContextManager[None]] = nullcontext
+        if other is None:
+            other, adapter = self, self.policy.adapter_disabled
+        else:
+            check_rows(other.policy, rows)
+            if not same_vocabulary(self.policy, other.policy):
+                raise BadInputError(
+                    f"vocabulary_mismatch: {self.policy.name} and {other.policy.name} do not have the same "
+                    "tokens.",
+                    advice="A divergence needs one vocabulary: compare models of one family.",
+                )
+        with torch.no_grad(), adapter():
+            theirs = other._outputs(rows, groups)
+            their_logprobs = theirs.score(temperature, False).logprobs if logprobs else None
+        with torch.set_grad_enabled(grad):
+            mine = self._outputs(rows, groups)
+            my_logprobs = mine.score(temperature, False).logprobs if logprobs else None
+            a, b = mine.matrix, theirs.matrix
+            if a is not None and b is not None:
+                found = divergence(
+                    mine.states,
+                    a.weight,
+                    theirs.states,
+                    b.weight,
+                    bias_a=a.bias,
+                    bias_b=b.bias,
+                    temperature=temperature,
+                    reverse=reverse,
+                )
             else:
-                found = self._packed(rows, groups, temperature, entropy)
-        lengths = [len(row.scored) for row in rows]
-        _check_finite(found.logprobs, lengths)
-        entropies = None if found.entropy is None else list(found.entropy.split_with_sizes(lengths))
-        return RowScores(list(found.logprobs.split_with_sizes(lengths)), entropies)
+
+                def block(at: slice) -> Tensor:
+                    with torch.no_grad(), adapter():  # this may run again in the backward pass
+                        q = theirs.every(at, temperature)
+                    p = mine.every(at, temperature)
+                    return (q.exp() * (q - p) if reverse else p.exp() * (p - q)).sum(dim=-1).clamp(min=0.0)
+
+                found = _in_blocks(block, len(mine.states))
+        return RowDivergences(
+            _split(found, rows, "divergences"),
+            None if my_logprobs is None else _split(my_logprobs, rows, "log-probabilities"),
+            None if their_logprobs is None else _split(their_logprobs, rows, "other log-probabilities"),
+        )
+
+    def top_k(self, examples: Iterable[Rows], k: int, *, temperature: float = 1.0) -> list[TopK]:
+        """The ``k`` likeliest tokens before each scored token of every row; no gradient.
+
+        Raises:
+            BadInputError: as a call does, or a ``k`` that is not 1 to the size of the vocabulary.
+            NumericsError: the model gives NaN or an infinite value.
+        """
+        rows, groups = _checked(examples, self.policy, temperature)
+        with torch.no_grad():
+            outputs = self._outputs(rows, groups)
+            if outputs.matrix is not None:
+                head = outputs.matrix
+                found = top_k(outputs.states, head.weight, k, bias=head.bias, temperature=temperature)
+            else:
+                parts = _blocks(len(outputs.states))
+                found = joined([largest(outputs.logits(at).float(), k, temperature) for at in parts])
+        return [
+            TopK(*parts)
+            for parts in zip(
+                _split(found.logprobs, rows, "log-probabilities"),
+                _split(found.ids, rows, "ids"),
+                _split(found.rest, rows, "probabilities"),
+                strict=True,
+            )
+        ]
 
     def states(self, examples: Iterable[Rows], *, grad: bool = False) -> Tensor:
         """``(rows, width)`` float32: the last hidden state of each row, at its very last token.
@@ -125,12 +232,13 @@ class Scorer:
 
     # -- the two paths ------------------------------------------------------------------------
 
-    def _packed(self, rows: Rows, groups: list[int], temperature: float, entropy: bool) -> Scores:
-        assert self.network is not None
-        packed = pack(rows, share=self.share, groups=groups)
+    def _outputs(self, rows: Rows, groups: list[int]) -> _Outputs:
         device = self.policy.device
+        if self.network is None:
+            return self._plain(rows)
+        packed = pack(rows, share=self.share, groups=groups)
         states = self.network.hidden(packed).index_select(0, packed.read.to(device))
-        return self._score(states, packed.targets.to(device), temperature, entropy)
+        return _Outputs(states, packed.targets.to(device), self.policy.network.get_output_embeddings())
 
     def _last_states(self, rows: Rows, groups: list[int]) -> Tensor:
         device = self.policy.device
@@ -144,48 +252,112 @@ class Scorer:
         last = torch.tensor([len(row) - 1 for row in rows], device=device)
         return states[torch.arange(len(rows), device=device), last].float()
 
-    def _plain(self, rows: Rows, temperature: float, entropy: bool) -> Scores:
+    def _plain(self, rows: Rows) -> _Outputs:
         if self.one_by_one and len(rows) > 1:
-            found = [self._plain([row], temperature, entropy) for row in rows]
-            entropies = [one.entropy for one in found if one.entropy is not None]
-            return Scores(
-                torch.cat([one.logprobs for one in found]), torch.cat(entropies) if entropy else None
-            )
+            alone = [self._plain([row]) for row in rows]
+            states = torch.cat([one.states for one in alone])
+            return _Outputs(states, torch.cat([one.targets for one in alone]), alone[0].head)
         # The last scored token is predicted, never read. Padding stands on the right, so with causal
         # attention no scored position sees it: no mask is needed, and positions count from 0 in each row.
         ids, width = _padded([row.ids[: row.scored[-1]] for row in rows])
         read = [number * width + place - 1 for number, row in enumerate(rows) for place in row.scored]
-        targets = [row.ids[place] for row in rows for place in row.scored]
         device = self.policy.device
-        where, wanted = torch.tensor(read, device=device), torch.tensor(targets, device=device)
+        ids, where = ids.to(device), torch.tensor(read, device=device)
+        targets = torch.tensor([row.ids[place] for row in rows for place in row.scored], device=device)
         if self.policy.head_is_plain:
-            states = self.policy.hidden_states(ids.to(device))
-            states = states.reshape(-1, states.shape[-1]).index_select(0, where)
-            return self._score(states, wanted, temperature, entropy)
-        logits = self.policy.network(input_ids=ids.to(device), use_cache=False).logits
-        logits = logits.reshape(-1, logits.shape[-1]).index_select(0, where).float() / temperature
-        every = logits.log_softmax(dim=-1)
-        return Scores(
-            every.gather(-1, wanted[:, None])[:, 0], -(every * every.exp()).sum(dim=-1) if entropy else None
-        )
+            states, head = self.policy.hidden_states(ids), self.policy.network.get_output_embeddings()
+        else:
+            states, head = self.policy.network(input_ids=ids, use_cache=False).logits, nn.Identity()
+        return _Outputs(states.reshape(-1, states.shape[-1]).index_select(0, where), targets, head)
 
-    def _score(self, states: Tensor, targets: Tensor, temperature: float, entropy: bool) -> Scores:
-        head = self.policy.network.get_output_embeddings()
-        if type(head) is torch.nn.Linear:
+
+@dataclass(frozen=True, slots=True)
+class _Outputs:
+    """What an output layer reads at ``n`` scored positions, and what stands there.
+
+    Attributes:
+        states: ``(n, width)``; the logits themselves where ``head`` is the identity.
+        targets: ``(n,)`` ids of the scored tokens.
+        head: gives the logits of ``states``.
+    """
+
+    states: Tensor
+    targets: Tensor
+    head: nn.Module
+
+    @property
+    def matrix(self) -> nn.Linear | None:
+        """The head if it is a matrix and no more; of one with an adapter only its own forward is right."""
+        return self.head if type(self.head) is nn.Linear else None
+
+    def logits(self, at: slice) -> Tensor:
+        """``(positions, vocabulary)``, in the model's type."""
+        found: Tensor = self.head(self.states[at])
+        return found
+
+    def every(self, at: slice, temperature: float) -> Tensor:
+        """Log-probs of all tokens, ``(positions, vocabulary)`` float32."""
+        return (self.logits(at).float() / temperature).log_softmax(dim=-1)
+
+    def score(self, temperature: float, entropy: bool) -> Scores:
+        """Of the targets."""
+        if (head := self.matrix) is not None:
             return score(
-                states, head.weight, targets, bias=head.bias, temperature=temperature, entropy=entropy
+                self.states,
+                head.weight,
+                self.targets,
+                bias=head.bias,
+                temperature=temperature,
+                entropy=entropy,
             )
-        # An adapter on the output layer: its own forward is the only right one.
-        every = (self.policy.head(states).float() / temperature).log_softmax(dim=-1)
-        return Scores(
-            every.gather(-1, targets[:, None])[:, 0], -(every * every.exp()).sum(dim=-1) if entropy else None
-        )
+
+        def block(at: slice) -> Tensor:
+            every = self.every(at, temperature)
+            logprobs = every.gather(-1, self.targets[at, None])[:, 0]
+            return torch.stack([logprobs, -(every * every.exp()).sum(dim=-1)]) if entropy else logprobs[None]
+
+        found = _in_blocks(block, len(self.states))
+        return Scores(found[0], found[1] if entropy else None)
+
+
+def _blocks(count: int) -> list[slice]:
+    return [slice(start, start + PLAIN_POSITIONS) for start in range(0, count, PLAIN_POSITIONS)]
+
+
+def _in_blocks(function: Callable[[slice], Tensor], count: int) -> Tensor:
+    """``function`` of a few positions at a time ``(..., positions)``, joined to ``(..., count)``.
+
+    What it makes is made again in the backward pass, so that nothing as wide as the vocabulary is kept.
+    """
+    parts = [checkpoint(function, at, use_reentrant=False) for at in _blocks(count)]
+    return torch.cat(parts, dim=-1)
+
+
+def same_vocabulary(one: LanguagePolicy, other: LanguagePolicy) -> bool:
+    """Whether a token id means the same to both policies, and both have logits for the same ids."""
+    sizes = [len(policy.network.get_input_embeddings().weight) for policy in (one, other)]
+    if sizes[0] != sizes[1]:
+        return False
+    return one.tokenizer is other.tokenizer or bool(one.tokenizer.get_vocab() == other.tokenizer.get_vocab())
 
 
 def _listed(examples: Iterable[Rows]) -> tuple[list[Rendered], list[int]]:
     """All rows, one after the other, and how many each example has."""
     groups = [list(rows) for rows in examples]
     return [row for rows in groups for row in rows], [len(rows) for rows in groups]
+
+
+def _checked(
+    examples: Iterable[Rows], policy: LanguagePolicy, temperature: float
+) -> tuple[list[Rendered], list[int]]:
+    """:func:`_listed`, of rows and at a temperature that can be scored."""
+    rows, groups = _listed(examples)
+    check_rows(policy, rows)
+    if not 0.0 < temperature < float("inf"):
+        raise BadInputError(
+            f"temperature is {temperature}.", advice="Log-probs need one above 0; 1 is the plain model."
+        )
+    return rows, groups
 
 
 def check_rows(policy: LanguagePolicy, rows: Rows, *, scored: bool = True) -> None:
@@ -218,15 +390,13 @@ def check_rows(policy: LanguagePolicy, rows: Rows, *, scored: bool = True) -> No
             )
 
 
-def _check_finite(logprobs: Tensor, lengths: Sequence[int]) -> None:
-    if bool(logprobs.detach().isfinite().all()):
-        return
-    parts = logprobs.detach().split_with_sizes(list(lengths))
-    row = next(i for i, part in enumerate(parts) if not bool(part.isfinite().all()))
-    raise NumericsError(
-        f"The log-probabilities of row {row} are not finite.",
-        advice=OVERFLOW,
-    )
+def _split(values: Tensor, rows: Rows, name: str) -> list[Tensor]:
+    """Values at the scored tokens of all rows, row by row; NumericsError for one that is not finite."""
+    parts = list(values.split_with_sizes([len(row.scored) for row in rows]))
+    if not bool(values.detach().isfinite().all()):
+        row = next(i for i, part in enumerate(parts) if not bool(part.detach().isfinite().all()))
+        raise NumericsError(f"The {name} of row {row} are not finite.", advice=OVERFLOW)
+    return parts
 
 
 def _padded(rows: Sequence[Sequence[int]]) -> tuple[Tensor, int]:
