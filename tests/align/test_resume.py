@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import json
 import os
 import random
@@ -11,6 +13,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -27,23 +30,64 @@ SETTINGS = {"steps": 16, "batch_size": 4, "lr": 5e-3, "checkpoint_every": 3, "mi
 
 NURSERY = textwrap.dedent(
     """
-    import json, os, sys, traceback
+    import json, os, signal, sys, traceback
     sys.path.insert(0, sys.argv[1])
     from conftest import build_pairs, build_policy
+    import safetensors.torch
     import torch
-    from corrigible.align import TrainConfig, train_dpo
+    from corrigible.align import TrainConfig, Trainer, checkpoint, reference, train_dpo
     from corrigible.errors import CorrigibleError
 
     torch.set_num_threads(1)
     build_policy()  # whatever is imported late is imported before the first fork
+
+    def kill():
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def die(at):
+        # Half of a file or of a line is there when the kill comes, or the next thing to do is not done.
+        number = [0]
+
+        def before(owner, name, when=lambda *given: True, nth=1):
+            plain = getattr(owner, name)
+            def patched(*given, **options):
+                number[0] += when(*given)
+                if number[0] == nth:
+                    kill()
+                return plain(*given, **options)
+            setattr(owner, name, patched)
+
+        def half(tensors, file):
+            file.write_bytes(safetensors.torch.save(tensors)[:-9])
+            kill()
+
+        def cut(trainer, step, metrics):
+            with (trainer.out / "metrics.jsonl").open("a") as file:
+                file.write(json.dumps({"step": step, **metrics})[:-9])
+            kill()
+
+        if at == "the reference pass":
+            before(reference.Scorer, "__call__", nth=3)
+        elif at == "a file of tensors":
+            safetensors.torch.save_file = half
+        elif at == "a checkpoint without its state":
+            before(checkpoint, "sync")
+        elif at == "a checkpoint that is not in its place":
+            before(checkpoint.Path, "rename", when=lambda path, *to: path.name.startswith(".writing"))
+        elif at == "a checkpoint in its place, the old ones still there":
+            before(checkpoint, "sync", nth=2)
+        elif at == "a line of metrics":
+            Trainer._log = cut
+
     for line in sys.stdin:
-        out, settings = json.loads(line)
+        out, settings, made, at = json.loads(line)
         child = os.fork()
         if child == 0:
             code = 1
             try:
+                die(at)
                 version = train_dpo(
-                    build_pairs(20), build_policy(), out=out, config=TrainConfig(**settings),
+                    build_pairs(20), build_policy(**made), out=out, config=TrainConfig(**settings),
                     resume=True, resume_hint="corrigible train dpo --resume",
                 )
                 said, code = version.weights, 0
@@ -59,19 +103,36 @@ NURSERY = textwrap.dedent(
     """
 )
 
+STAGES = (
+    *("the reference pass", "a file of tensors", "a checkpoint without its state"),
+    *("a checkpoint that is not in its place", "a checkpoint in its place, the old ones still there"),
+    "a line of metrics",
+)
+"""What a kill may leave half done."""
+
+KINDS: dict[str, tuple[dict[str, object], dict[str, object]]] = {
+    "adapter": ({}, {}),
+    "all weights in bfloat16": ({"moments": "bfloat16"}, {"lora": False, "dtype": "bfloat16"}),
+}
+"""What is trained: settings of the trainer, and how the policy is made."""
+
 
 class Run:
-    """A training run in a process of its own."""
+    """A training run in a process of its own; ``die`` names a stage (:data:`STAGES`) that kills it."""
 
-    def __init__(self, nursery: subprocess.Popen[str], out: Path, settings: dict[str, object]) -> None:
+    def __init__(
+        self, nursery: subprocess.Popen[str], out: Path, kind: str, die: str, settings: dict[str, object]
+    ) -> None:
         assert nursery.stdin and nursery.stdout
         self.out, self._answers = out, nursery.stdout
-        nursery.stdin.write(json.dumps([str(out), SETTINGS | settings]) + "\n")
+        more, made = KINDS[kind]
+        nursery.stdin.write(json.dumps([str(out), SETTINGS | more | settings, made, die]) + "\n")
         nursery.stdin.flush()
         self.pid = int(self._answers.readline())
 
     def send(self, number: signal.Signals) -> None:
-        os.kill(self.pid, number)
+        with suppress(ProcessLookupError):  # it may just have ended
+            os.kill(self.pid, number)
 
     def end(self) -> tuple[int, str]:
         """Its exit code (minus the signal's number if that ended it) and what it said last."""
@@ -97,40 +158,86 @@ def start() -> Iterator[Callable[..., Run]]:
         text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
-    yield lambda out, **settings: Run(nursery, out, settings)
+    yield lambda out, kind="adapter", die="", **settings: Run(nursery, out, kind, die, settings)
     nursery.communicate()
 
 
-def final_tensors(out: Path) -> dict[str, torch.Tensor]:
-    latest = load_latest(out / "checkpoints")
-    assert latest is not None and latest.step == SETTINGS["steps"]
-    return latest.tensors
+@dataclasses.dataclass(frozen=True)
+class End:
+    """Where a run ended: weights, everything in its last checkpoint, metrics of every step."""
+
+    sha: str
+    tensors: dict[str, torch.Tensor]
+    metrics: list[dict[str, float]]
+    seconds: float = 0.0
+
+    @classmethod
+    def of(cls, out: Path, sha: str, seconds: float = 0.0) -> End:
+        latest = load_latest(out / "checkpoints")
+        assert latest is not None and latest.step == SETTINGS["steps"]
+        metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+        for row in metrics:
+            del row["tokens_per_second"]
+        return cls(sha, latest.tensors, metrics, seconds)
 
 
-def test_killed_at_random_points_it_ends_with_bitwise_the_same_weights(
-    tmp_path: Path, start: Callable[..., Run]
+@pytest.fixture(scope="module")
+def whole(start: Callable[..., Run], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], End]:
+    """The end of the run that nobody kills."""
+
+    @functools.cache
+    def run(kind: str) -> End:
+        out = tmp_path_factory.mktemp("whole") / "run"
+        started, began = start(out, kind), time.monotonic()  # its process has just been forked
+        code, sha = started.end()
+        assert code == 0, sha
+        return End.of(out, sha, time.monotonic() - began)
+
+    return run
+
+
+def assert_bitwise(found: End, wanted: End) -> None:
+    assert found.sha == wanted.sha
+    assert found.metrics == wanted.metrics
+    assert [row["step"] for row in found.metrics] == list(range(1, 17))
+    assert found.tensors.keys() == wanted.tensors.keys()
+    assert all(torch.equal(found.tensors[name], value) for name, value in wanted.tensors.items())
+
+
+@pytest.mark.parametrize(
+    "kills", [2, pytest.param(25, marks=pytest.mark.slow)], ids=["two kills", "many kills"]
+)
+@pytest.mark.parametrize("kind", KINDS)
+def test_killed_at_random_moments_it_ends_with_bitwise_the_same(
+    tmp_path: Path, start: Callable[..., Run], whole: Callable[[str], End], kind: str, kills: int
 ) -> None:
-    code, sha = start(tmp_path / "whole").end()
-    assert code == 0, sha
-
-    out, rng = tmp_path / "killed", random.Random(11)
-    for step in sorted(rng.sample(range(1, 15), 5)):
-        run = start(out)
-        run.wait_for_step(step)
-        time.sleep(rng.random() * 0.03)
+    wanted, seed = whole(kind), random.SystemRandom().randrange(10**6)
+    print(f"seed {seed}")  # shown when it fails
+    out, rng, landed = tmp_path / "killed", random.Random(seed), 0
+    while landed < kills:
+        run = start(out, kind)
+        time.sleep(rng.random() * wanted.seconds)
         run.send(signal.SIGKILL)
-        assert run.end()[0] == -signal.SIGKILL, f"the kill after step {step} came too late"
-    code, resumed = start(out).end()
-    assert code == 0, resumed
+        code, said = run.end()
+        assert code in (0, -signal.SIGKILL), said
+        if code == 0:  # it came too late: this one is whole, the next one begins again
+            assert_bitwise(End.of(out, said), wanted)
+            out = tmp_path / f"killed after {landed}"
+            continue
+        landed += 1
+    code, said = start(out, kind).end()
+    assert code == 0, said
+    assert_bitwise(End.of(out, said), wanted)
 
-    assert resumed == sha
-    a, b = final_tensors(tmp_path / "whole"), final_tensors(out)
-    assert a.keys() == b.keys()
-    assert all(torch.equal(a[name], b[name]) for name in a)
-    kept = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    wanted = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in kept] == list(range(1, 17))
-    assert [row["loss"] for row in kept] == [row["loss"] for row in wanted]
+
+def test_killed_in_the_middle_of_writing_it_ends_with_bitwise_the_same(
+    tmp_path: Path, start: Callable[..., Run], whole: Callable[[str], End]
+) -> None:
+    for stage in STAGES:
+        assert start(tmp_path / "killed", die=stage).end()[0] == -signal.SIGKILL, stage
+    code, said = start(tmp_path / "killed").end()
+    assert code == 0, said
+    assert_bitwise(End.of(tmp_path / "killed", said), whole("adapter"))
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
