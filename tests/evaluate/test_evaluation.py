@@ -115,7 +115,7 @@ def test_a_policy_ties_with_itself(tiny: LanguagePolicy) -> None:
 
 
 def test_kl_equals_the_recorded_logprobs_of_the_generation(tiny: LanguagePolicy) -> None:
-    """Two independent paths (generation with cache, scoring without) give the same k1."""
+    """Two independent paths (generation with cache, scoring without) give the same log ratios."""
     with tiny.adapter_disabled():
         reference = sample_episodes(tiny, PROMPTS, sampling=PLAIN, policy_version="ref")
     again = kl_to_reference(reference, tiny)
@@ -125,7 +125,38 @@ def test_kl_equals_the_recorded_logprobs_of_the_generation(tiny: LanguagePolicy)
     rendered = [Rendered.from_tokens(s.prompt_token_ids or (), s.token_ids or ()) for s in steps]
     under_policy = sequence_logprobs(tiny, rendered).numpy()
     recorded = np.array([sum(s.logprobs or ()) for s in steps])
-    assert again.value == pytest.approx(float((under_policy - recorded).mean()), abs=1e-3)
+    found = float((under_policy - recorded).mean())
+    assert again.per_sequence_k1.value == pytest.approx(found, abs=1e-3)
+
+
+def test_kl_is_the_sum_of_whole_distributions_along_each_answer(tiny: LanguagePolicy) -> None:
+    """Against transformers' logits of each answer alone, in float64."""
+    answers = sample_episodes(tiny, PROMPTS, sampling=PLAIN, policy_version="p")
+    got = kl_to_reference(answers, tiny)
+    sums, tokens = [], 0
+    for step in (e.steps[-1] for e in answers):
+        ids = torch.tensor([[*(step.prompt_token_ids or ()), *(step.token_ids or ())]])
+        count = len(step.token_ids or ())
+        with torch.no_grad():
+            p = tiny.model(ids).logits[0, -count - 1 : -1].double().log_softmax(dim=-1)
+            with tiny.adapter_disabled():
+                q = tiny.model(ids).logits[0, -count - 1 : -1].double().log_softmax(dim=-1)
+        sums.append(float((p.exp() * (p - q)).sum()))
+        tokens += count
+    assert got.estimator == "exact" and got.tokens == tokens and got.on_policy
+    assert got.value == pytest.approx(sum(sums) / len(sums), rel=1e-3)
+    assert got.per_token.value == pytest.approx(sum(sums) / tokens, rel=1e-3)
+
+
+def test_policies_of_two_vocabularies_have_no_divergence(tiny: LanguagePolicy, recorded_events: list) -> None:
+    """Win rates need none; a number over unlike tokens would mean nothing."""
+    other = load_policy("tiny-random")
+    other.tokenizer.add_tokens(["a token of its own"])
+    found, _, _ = evaluate_policy(tiny, other, PROMPTS, JUDGE, sampling=PLAIN)
+    assert found.kl is None and found.win_rate.prompts == 5
+    assert any("different vocabularies" in getattr(event, "text", "") for event in recorded_events)
+    with pytest.raises(BadInputError, match="vocabulary_mismatch"):
+        kl_to_reference(sample_episodes(tiny, PROMPTS, sampling=PLAIN, policy_version="p"), tiny, other)
 
 
 def test_answers_drawn_another_way_are_said_to_be(tiny: LanguagePolicy, episode: Make) -> None:

@@ -27,6 +27,11 @@ class Table:
     def logprobs(self, sequence: tuple[int, ...]) -> list[float]:
         return [float(self.row(sequence[:t])[token]) for t, token in enumerate(sequence)]
 
+    def divergences(self, other: Table, sequence: tuple[int, ...]) -> list[float]:
+        """KL of the two next-token distributions before each token."""
+        rows = [(self.row(sequence[:t]), other.row(sequence[:t])) for t in range(len(sequence))]
+        return [sum(float(np.exp(x) * (x - y)) for x, y in zip(p, q, strict=True)) for p, q in rows]
+
     def sample(self, rng: np.random.Generator) -> tuple[int, ...]:
         sequence: tuple[int, ...] = ()
         while len(sequence) < LENGTH and (not sequence or sequence[-1] != END):
@@ -62,6 +67,54 @@ def test_both_estimators_are_unbiased_by_enumeration(models: tuple[Table, Table,
         p, q = policy.logprobs(s), reference.logprobs(s)
         means += np.exp(sum(p)) * np.array(kl_terms(p, q))
     assert means == pytest.approx([exact, exact])
+
+
+def test_the_exact_estimator_is_unbiased_and_varies_least(models: tuple[Table, Table, float, float]) -> None:
+    """By enumeration, on this pair of models and on one whose two are near."""
+    policy, reference, exact, _ = models
+    near = Table(0, 1.0)
+    rng = np.random.default_rng(3)
+    for s in sequences():
+        for t in range(len(s)):
+            row = policy.row(s[:t]) + 0.1 * rng.normal(size=VOCABULARY)
+            near.rows[s[:t]] = row - np.log(np.exp(row).sum())
+    for other, truth in ((reference, exact), (near, None)):
+        weights, values = [], []
+        for s in sequences():
+            p, q = policy.logprobs(s), other.logprobs(s)
+            weights.append(np.exp(sum(p)))
+            values.append([*kl_terms(p, q), sum(policy.divergences(other, s))])
+        w, v = np.array(weights), np.array(values)
+        means = w @ v
+        variances = w @ (v - means) ** 2
+        if truth is not None:
+            assert means[2] == pytest.approx(truth)
+        assert means == pytest.approx([means[0]] * 3)
+        assert variances[2] < variances[1] and variances[2] < variances[0] / 3
+        assert (v[:, 2] >= 0).all()
+
+
+def test_with_divergences_the_estimate_is_the_exact_one(models: tuple[Table, Table, float, float]) -> None:
+    policy, reference, exact, length = models
+    covered = {"answer": 0, "token": 0}
+    narrower = 0
+    for run in range(150):
+        rng = np.random.default_rng(1000 + run)  # other draws than those of the bootstrap
+        drawn = [policy.sample(rng) for _ in range(100)]
+        got = kl_estimate(
+            [policy.logprobs(s) for s in drawn],
+            [reference.logprobs(s) for s in drawn],
+            divergences=[policy.divergences(reference, s) for s in drawn],
+            draws=400,
+            seed=run,
+        )
+        assert got.estimator == "exact"
+        covered["answer"] += got.per_sequence.low <= exact <= got.per_sequence.high
+        covered["token"] += got.per_token.low <= exact / length <= got.per_token.high
+        widths = [one.high - one.low for one in (got.per_sequence, got.per_sequence_k1)]
+        narrower += widths[0] < widths[1] / 1.5
+    assert all(count / 150 > 0.88 for count in covered.values()), covered
+    assert narrower == 150
 
 
 def test_intervals_cover_the_exact_divergence(models: tuple[Table, Table, float, float]) -> None:
@@ -101,7 +154,12 @@ def test_per_token_is_the_ratio_of_sums_and_clusters_are_prompts() -> None:
     assert (got.sequences, got.tokens, got.per_sequence.clusters) == (2, 3, 2)
     k3 = (np.exp(-1) - 1 + 1) + (np.exp(-0.5) - 1 + 0.5)
     assert got.per_sequence_k3.value == pytest.approx(k3 / 2)
-    assert set(got.to_json()) >= {"per_sequence", "per_token", "on_policy"}
+    assert got.per_sequence_k1 == got.per_sequence and got.estimator == "k1"
+    exact = kl_estimate([[-1.0, -1.0], [-1.0]], [[-2.0, -1.5], [-1.0]], ["a", "b"], divergences=[[1, 2], [4]])
+    assert exact.value == pytest.approx(3.5) and exact.per_token.value == pytest.approx(7 / 3)
+    assert exact.per_sequence_k1 == got.per_sequence and exact.per_token_k3 == got.per_token_k3
+    written = exact.to_json()
+    assert set(written) >= {"per_sequence", "per_token", "per_sequence_k1", "estimator", "on_policy"}
 
 
 def test_a_policy_is_at_no_distance_from_itself() -> None:
@@ -132,3 +190,17 @@ def test_nothing_to_estimate_from_is_an_error() -> None:
         kl_estimate([[]], [[]])
     with pytest.raises(BadInputError):
         kl_estimate([[-1.0]], [])
+
+
+@pytest.mark.parametrize(
+    ("divergences", "error"),
+    [
+        ([[0.1]], BadInputError),
+        ([[0.1, 0.2], [0.3, 0.1]], BadInputError),
+        ([[0.1, -0.2], [0.3]], BadInputError),
+        ([[0.1, float("nan")], [0.3]], NumericsError),
+    ],
+)
+def test_divergences_that_do_not_fit_are_refused(divergences: Any, error: type[Exception]) -> None:
+    with pytest.raises(error):
+        kl_estimate([[-1.0, -1.0], [-1.0]], [[-2.0, -1.5], [-1.0]], divergences=divergences)

@@ -205,7 +205,7 @@ def _print(found: Evaluation) -> None:
         console.print(
             f"KL to the baseline: {found.kl.value:.3f} ({found.kl.per_sequence.between('prompt')}) "
             f"nats an answer, {found.kl.per_token.value:.4f} a token"
-            + ("" if found.kl.on_policy else " (log ratio under the sampler: temperature or top-p is not 1)"),
+            + ("" if found.kl.on_policy else " (of answers drawn otherwise: temperature or top-p is not 1)"),
             markup=False,
         )
     low, high = found.win_rate.interval

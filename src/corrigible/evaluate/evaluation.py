@@ -19,6 +19,7 @@ from corrigible.errors import BadInputError
 from corrigible.evaluate.kl import KLEstimate, kl_to_reference
 from corrigible.evaluate.sampling import sample_episodes
 from corrigible.evaluate.win_rate import PairJudge, WinRate, no_answer, pair_by_prompt, win_rate
+from corrigible.events import Message as Note
 from corrigible.events import Metric, emit
 from corrigible.intervals import Estimate, cluster_bootstrap, paired_bootstrap
 from corrigible.records import Episode, Message, Sampling
@@ -180,11 +181,14 @@ def evaluate_policy(
         names, versions: what the two are called, and the policy version ids written into their
             episodes (default: the names).
         keep: directory in which episodes are kept as they come; the same call goes on from them.
-        measure_kl: also measure the divergence of the candidate from the baseline.
+        measure_kl: also measure the divergence of the candidate from the baseline, where they have the
+            same vocabulary.
 
     Returns:
         The evaluation, the candidate's episodes, the baseline's episodes.
     """
+    from corrigible.models import same_vocabulary
+
     settings = sampling or Sampling(max_tokens=128)
     sides: dict[str, list[Episode]] = {}
     for side, name, version in zip(("candidate", "baseline"), names, versions or names, strict=True):
@@ -203,11 +207,11 @@ def evaluate_policy(
                 keep=None if keep is None else Path(keep) / f"{side}.jsonl",
                 label=f"sampling {name}",
             )
-    kl = (
-        kl_to_reference(sides["candidate"], candidate, baseline, level=level, seed=seed)
-        if measure_kl
-        else None
-    )
+    kl = None
+    if measure_kl and baseline is not None and not same_vocabulary(candidate, baseline):
+        emit(Note(text=f"No divergence: {names[0]} and {names[1]} have different vocabularies."))
+    elif measure_kl:
+        kl = kl_to_reference(sides["candidate"], candidate, baseline, level=level, seed=seed)
     evaluation = compare(
         sides["candidate"],
         sides["baseline"],

@@ -15,12 +15,13 @@ sampling again, slowly and plainly; the tests hold the fast ones to it.
 from corrigible.models.encoder import SentenceEncoder, load_encoder
 from corrigible.models.generate import Generation, generate, to_episode
 from corrigible.models.load import DEFAULT_POLICY, load_policy, preferred_dtype
-from corrigible.models.logprobs import sequence_logprobs, token_logprobs
+from corrigible.models.logprobs import sequence_logprobs, token_divergences, token_logprobs
 from corrigible.models.policy import LanguagePolicy, Lora
 from corrigible.models.reference import generate_reference, logprobs_reference
 from corrigible.models.renderer import SCORED, Rendered, Renderer, TokenKind, TurnState
 from corrigible.models.rollout import RolloutEngine
 from corrigible.models.rollout_records import Partial, Segment
+from corrigible.models.scoring import same_vocabulary
 
 __all__ = [
     "DEFAULT_POLICY",
@@ -42,7 +43,9 @@ __all__ = [
     "load_policy",
     "logprobs_reference",
     "preferred_dtype",
+    "same_vocabulary",
     "sequence_logprobs",
     "to_episode",
+    "token_divergences",
     "token_logprobs",
 ]

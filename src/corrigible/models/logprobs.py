@@ -1,4 +1,4 @@
-"""Log-probabilities of completions, cut into forward passes of a bounded size.
+"""Log-probabilities of completions, and divergences along them, cut into forward passes of a bounded size.
 
 Equal to the plain reference; how, is :mod:`corrigible.models.scoring`'s business.
 """
@@ -13,7 +13,7 @@ import torch
 from corrigible.errors import BadInputError
 from corrigible.models.policy import LanguagePolicy
 from corrigible.models.renderer import Rendered
-from corrigible.models.scoring import Scorer, check_rows
+from corrigible.models.scoring import RowDivergences, Scorer, check_rows
 
 TOKEN_BUDGET = 4096
 """Tokens (padding included) in one forward pass unless told otherwise."""
@@ -85,6 +85,41 @@ def token_logprobs(
         for i, values in zip(rows, scorer([[batch[i] for i in rows]], grad=grad), strict=True):
             results[i] = values
     return [values for values in results if values is not None]
+
+
+def token_divergences(
+    policy: LanguagePolicy,
+    batch: Sequence[Rendered],
+    other: LanguagePolicy | None = None,
+    *,
+    token_budget: int = TOKEN_BUDGET,
+) -> RowDivergences:
+    """KL(policy || other) of the whole next-token distribution before each scored token; no gradient.
+
+    Args:
+        policy: the model.
+        batch: ``n`` rendered conversations.
+        other: a policy of the same vocabulary; by default ``policy`` with its adapter disabled.
+        token_budget: tokens in one forward pass.
+
+    Returns:
+        Per row ``(scored tokens,)`` float32 nats: the divergences, and the log-probs of the scored tokens
+        under both.
+
+    Raises:
+        BadInputError: as :func:`sequence_logprobs` does; two vocabularies; no ``other`` and no adapter.
+        NumericsError: either model gives NaN or an infinite value.
+    """
+    check_rows(policy, batch)
+    scorer, reference = Scorer(policy), None if other is None else Scorer(other)
+    found: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None] = [None] * len(batch)
+    for rows in _micro_batches(batch, token_budget):
+        part = scorer.divergence([[batch[i] for i in rows]], reference, logprobs=True)
+        each = (part.divergences, part.logprobs or [], part.other_logprobs or [])
+        for i, *values in zip(rows, *each, strict=True):
+            found[i] = (values[0], values[1], values[2])
+    divergences, mine, theirs = zip(*(values for values in found if values is not None), strict=True)
+    return RowDivergences(list(divergences), list(mine), list(theirs))
 
 
 def _micro_batches(batch: Sequence[Rendered], token_budget: int) -> Iterator[list[int]]:
