@@ -313,10 +313,11 @@ class _Family:
     def norm(self) -> float:
         """Length of the gradients together."""
         lengths = [
-            torch.linalg.vector_norm(part, dtype=self.wide)
+            torch.linalg.vector_norm(flat[start : start + UPDATED_TOGETHER], dtype=self.wide)
             for parameter in self.parameters
             if parameter.grad is not None
-            for part in parameter.grad.reshape(-1).split(UPDATED_TOGETHER)
+            for flat in (parameter.grad.reshape(-1),)
+            for start in range(0, len(flat), UPDATED_TOGETHER)
         ]
         return float(torch.linalg.vector_norm(torch.stack(lengths))) if lengths else 0.0
 
@@ -363,7 +364,7 @@ class _Family:
             weights = round_stochastically(weights, self._noise("weight", pieces, step, seed))
         lengths = [len(piece.weights) for piece in pieces]
         narrow = weights.to(pieces[0].weights.dtype)
-        torch._foreach_copy_([piece.weights for piece in pieces], list(narrow.split(lengths)))
+        torch._foreach_copy_([piece.weights for piece in pieces], list(narrow.split_with_sizes(lengths)))
         if self.halves is not None:
             missing = weights.view(torch.int32).sub_(narrow.float().view(torch.int32))
             self.halves[here] = missing.clamp_(max=TIE - 1)

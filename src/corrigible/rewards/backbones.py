@@ -200,7 +200,7 @@ class Backbone:
             spans.append(places[start:end])
         lengths, read = [len(span) for span in spans], torch.cat(spans).to(self.device)
         vectors = [
-            torch.stack([part.mean(dim=0) for part in state.index_select(0, read).split(lengths)])
+            torch.stack([part.mean(dim=0) for part in state.index_select(0, read).split_with_sizes(lengths)])
             for state in self.network.states(packed, config.layers)
         ]
         return torch.cat(vectors, dim=1)
