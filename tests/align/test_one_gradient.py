@@ -150,13 +150,11 @@ def trained(
             policy,
             ALGORITHMS["dpo"],
             Fixed(case.pairs),
-            TrainConfig(micro_batch_tokens=tokens, share_prompts=share),
+            TrainConfig(micro_batch_tokens=tokens, share_prompts=share, gradient_checkpointing=again),
             algorithm_config=DPOConfig(beta=BETA),
             out=out,
         )
         trainer.reference = case.reference
-        if again:
-            trainer.score = Scorer(policy, share=share, checkpoint_layers=True)
         trainer.accumulate(case.pairs)
         assert trainer.score is not None and (trainer.score.network is None) is plain
         return flat(policy)

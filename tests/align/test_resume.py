@@ -21,7 +21,7 @@ import torch
 
 from corrigible.align import ALGORITHMS, DPOConfig, PairSource, TrainConfig, Trainer, train_dpo
 from corrigible.align.checkpoint import load_latest
-from corrigible.errors import BadInputError, Interrupted, StorageError
+from corrigible.errors import BadInputError, Interrupted, NumericsError, OutOfMemory, StorageError
 from corrigible.events import Alert, EventBus, use_bus
 from corrigible.models.scoring import Scorer
 from corrigible.records import PolicyVersion
@@ -113,6 +113,7 @@ STAGES = (
 KINDS: dict[str, tuple[dict[str, object], dict[str, object]]] = {
     "adapter": ({}, {}),
     "all weights in bfloat16": ({"moments": "bfloat16"}, {"lora": False, "dtype": "bfloat16"}),
+    "rounded at random": ({"master_weights": "stochastic"}, {"lora": False, "dtype": "bfloat16"}),
 }
 """What is trained: settings of the trainer, and how the policy is made."""
 
@@ -420,6 +421,40 @@ def test_another_number_of_threads_is_said(
     with use_bus(bus):
         train(tmp_path, make_policy, make_pairs, steps=2, resume=True)
     assert "threads_changed" in [event.name for event in seen if isinstance(event, Alert)]
+
+
+def test_no_memory_keeps_the_checkpoint_and_a_run_goes_on_in_smaller_passes(
+    tmp_path: Path, make_policy: Callable, make_pairs: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, steps = Scorer.__call__, []
+
+    def full(self: Scorer, *args: object, grad: bool = False, **options: object) -> object:
+        steps.append(grad)
+        if sum(steps) == 9:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.")
+        return plain(self, *args, grad=grad, **options)
+
+    monkeypatch.setattr(Scorer, "__call__", full)
+    with pytest.raises(OutOfMemory, match=r"out_of_memory: .*can't allocate memory") as caught:
+        train(tmp_path, make_policy, make_pairs, micro_batch_tokens=1 << 20)
+    assert isinstance(caught.value, NumericsError)
+    for setting in ("micro_batch_tokens", "gradient_checkpointing", "moments", "last checkpoint is intact"):
+        assert setting in caught.value.advice
+    assert "LoRA" not in caught.value.advice and "lora" not in caught.value.advice  # it is one
+    latest = load_latest(tmp_path / "checkpoints")
+    assert latest is not None and latest.step == 6
+    monkeypatch.undo()
+    bus, seen = EventBus(), []
+    bus.subscribe(seen.append)
+    with use_bus(bus):
+        train(
+            *(tmp_path, make_policy, make_pairs),
+            resume=True,
+            micro_batch_tokens=200,
+            gradient_checkpointing=True,
+        )
+    alerts = [event.name for event in seen if isinstance(event, Alert)]
+    assert alerts == ["micro_batch_tokens_changed", "gradient_checkpointing_changed"]
 
 
 def test_resuming_a_finished_run_gives_the_same_version(

@@ -422,6 +422,16 @@ def test_a_reference_with_another_vocabulary_is_refused(
         Trainer(policy, DPO, source, out=tmp_path, reference_policy=other)
 
 
+@pytest.mark.filterwarnings("ignore:Model has .tie_word_embeddings")
+def test_the_vocabulary_of_an_adapted_embedding_is_known(
+    source: PairSource, tmp_path: Path, make_policy: Callable
+) -> None:
+    policy = make_policy(lora=False)
+    policy.add_lora(rank=2, targets=["embed_tokens", "q_proj"])
+    assert not hasattr(policy.network.get_input_embeddings(), "num_embeddings")
+    trainer_of(policy, source, tmp_path, steps=1).train()
+
+
 def test_settings_of_another_algorithm_are_refused(
     policy: LanguagePolicy, source: PairSource, tmp_path: Path
 ) -> None:

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 
 from corrigible.align.config import ReferenceMode
 from corrigible.align.passes import passes
-from corrigible.align.reference import ReferenceLogprobs, reference_logprobs
+from corrigible.align.reference import reference_logprobs
+from corrigible.align.reference_cache import ReferenceLogprobs
 from corrigible.align.sources import PairSource, row_key
 from corrigible.errors import BadInputError
 from corrigible.events import Metric, Progress, emit

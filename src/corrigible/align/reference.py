@@ -8,26 +8,20 @@ left on is not a mistake that can be made later.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from corrigible.align.config import ReferenceMode
-from corrigible.align.passes import micro_batches as micro_batches
 from corrigible.align.passes import passes
+from corrigible.align.reference_cache import ReferenceLogprobs, pass_digest, read, take_over, write
 from corrigible.align.sources import Example, PairExample, row_key
 from corrigible.errors import BadInputError, NumericsError
 from corrigible.events import Alert, Message, Progress, emit
-from corrigible.files import write_atomically
 from corrigible.models import LanguagePolicy, Rendered
 from corrigible.models.scoring import Scorer
-
-ReferenceLogprobs = dict[bytes, Tensor]
-"""By :func:`~corrigible.align.sources.row_key`, log-probs of a row's scored tokens, ``(tokens,)`` float32."""
 
 
 def reference_weights(policy: LanguagePolicy, mode: ReferenceMode) -> str:
@@ -50,6 +44,7 @@ def reference_logprobs(
     mode: ReferenceMode = "start",
     micro_batch_tokens: int = 4096,
     cache: Path | None = None,
+    reuse: bool = False,
     behaviour_weights: Mapping[str, str] | None = None,
     share_prompts: bool = True,
     temperature: float = 1.0,
@@ -64,6 +59,7 @@ def reference_logprobs(
             with its adapter disabled.
         micro_batch_tokens: most tokens in one forward pass, padding included.
         cache: file to keep the result in; only used again for the same weights and rows.
+        reuse: take over the same pass of an earlier run (:mod:`corrigible.align.reference_cache`).
         behaviour_weights: sha256 of the weights of policy versions, by id. A row sampled in float32 by
             a version whose weights are exactly the reference's takes its recorded log-probs.
         share_prompts: compute a prompt once for all its responses, where the model allows it.
@@ -86,15 +82,18 @@ def reference_logprobs(
         weights = f"{weights} at temperature {temperature!r}"
     todo = {key: row for key, row in rows.items() if key not in known}
     if cache is not None:
-        known |= _read_cache(cache, weights)
+        known |= read(cache, weights)
 
     without = policy.has_adapter and _without_adapter(policy, mode)
     disabled = policy.adapter_disabled() if without else nullcontext()
     policy.model.eval()
-    done = 0
+    done, digest = 0, ""
     try:
         with torch.inference_mode(), disabled:
             score = Scorer(policy, share=share_prompts)
+            digest = pass_digest(score, weights, todo, micro_batch_tokens)
+            if reuse and not todo.keys() <= known.keys():
+                known |= take_over(digest, weights)
             groups = _by_prompt(todo, score, micro_batch_tokens)
             rows_of = [[todo[key] for key in group] for group in groups]
             for batch in passes(score, rows_of, micro_batch_tokens):
@@ -110,7 +109,7 @@ def reference_logprobs(
                 emit(Progress(task="reference log-probs", done=done, total=len(todo), unit="row"))
     finally:
         if cache is not None and todo:
-            _write_cache(cache, weights, {key: known[key] for key in todo if key in known})
+            write(cache, weights, {key: known[key] for key in todo if key in known}, digest)
     if recorded:
         emit(Message(text=f"{recorded} of {len(rows)} reference log-probs were recorded at sampling."))
     _check(rows, known)
@@ -164,41 +163,3 @@ def _check(rows: Mapping[bytes, Rendered], known: ReferenceLogprobs) -> None:
                 "reference_not_finite: the reference gives NaN or infinite log-probs.",
                 advice="Its weights are damaged, or a token of the data is impossible under it.",
             )
-
-
-def _read_cache(path: Path, weights: str) -> ReferenceLogprobs:
-    from safetensors import SafetensorError, safe_open
-
-    if not path.exists():
-        return {}
-    try:
-        with safe_open(path, framework="pt") as file:
-            if (file.metadata() or {}).get("weights") != weights:
-                return {}
-            keys, lengths, flat = (file.get_tensor(name) for name in ("keys", "lengths", "logprobs"))
-            if (file.metadata() or {}).get("sha256") != _digest(keys, lengths, flat):
-                raise ValueError("checksum")
-    except (OSError, ValueError, SafetensorError):
-        emit(Alert(name="cache_damaged", message=f"{path} is damaged; its log-probs are computed again."))
-        return {}
-    parts = flat.split(lengths.tolist())
-    return {bytes(key.numpy()): part for key, part in zip(keys, parts, strict=True)}
-
-
-def _write_cache(path: Path, weights: str, known: ReferenceLogprobs) -> None:
-    from safetensors.torch import save
-
-    if not known:
-        return
-    keys = torch.stack([torch.frombuffer(bytearray(key), dtype=torch.uint8) for key in known])
-    lengths = torch.tensor([len(scores) for scores in known.values()])
-    flat = torch.cat(list(known.values()))
-    metadata = {"weights": weights, "sha256": _digest(keys, lengths, flat)}
-    write_atomically(path, save({"keys": keys, "lengths": lengths, "logprobs": flat}, metadata))
-
-
-def _digest(*tensors: Tensor) -> str:
-    digest = hashlib.sha256()
-    for tensor in tensors:
-        digest.update(tensor.contiguous().numpy().tobytes())
-    return digest.hexdigest()

@@ -37,7 +37,8 @@ from corrigible.align.checkpoint import Checkpoint, load_latest, save_checkpoint
 from corrigible.align.config import TrainConfig, learning_rate
 from corrigible.align.interrupts import Stopped, stop_signals
 from corrigible.align.passes import passes
-from corrigible.align.reference import ReferenceLogprobs, reference_logprobs
+from corrigible.align.reference import reference_logprobs
+from corrigible.align.reference_cache import ReferenceLogprobs, hand_on
 from corrigible.align.registry import Algorithm, AlgorithmConfig, ScoredExamples
 from corrigible.align.sources import Example, Separable, Source, row_key
 from corrigible.align.watch import Held, Watch, alarm, check_examples
@@ -47,6 +48,9 @@ from corrigible.files import storage_errors, write_atomically
 from corrigible.models import LanguagePolicy, Rendered
 from corrigible.models.optimiser import Group, Optimiser
 from corrigible.models.scoring import Scorer
+
+HARMLESS = ("checkpoint_every", "reuse_reference")
+"""Settings that do not change what is computed."""
 
 CUT = ("micro_batch_tokens", "gradient_checkpointing")
 """Settings that decide memory, and of the result the last bits only: a resumed run may change them."""
@@ -233,6 +237,8 @@ class Trainer:
                         metrics = self._step(step)
                     step += 1
                     self._log(step, metrics)
+                    if step == 1 and self.reference is not None and self.config.reuse_reference:
+                        hand_on(self._reference_file)  # the first step has held it against the policy
                     if step % self.config.checkpoint_every == 0 and step < self.total_steps:
                         save_checkpoint(folder, step, *self._state(identity))
             except Stopped as stopped:
@@ -395,13 +401,13 @@ class Trainer:
     def _room(self, what: str) -> AbstractContextManager[None]:
         """Running out of memory says which settings need less."""
         config = self.config
-        ways = [f"Lower micro_batch_tokens (it is {config.micro_batch_tokens})"]
+        ways = [f"Lower micro_batch_tokens (--micro-batch-tokens, now {config.micro_batch_tokens})"]
         if not config.gradient_checkpointing:
-            ways.append("set gradient_checkpointing=True")
+            ways.append("set gradient_checkpointing (--gradient-checkpointing)")
         if config.moments == "float32":
-            ways.append("keep the optimiser's moments='bfloat16'")
+            ways.append("keep the optimiser's moments in bfloat16 (--moments bfloat16)")
         if not self.policy.has_adapter:
-            ways.append("train an adapter (LoRA) instead of all weights")
+            ways.append("train an adapter (--lora-rank) instead of all weights")
         return memory_advice(what, f"{'; or '.join(ways)}. The last checkpoint is intact.")
 
     # -- beginning and end --------------------------------------------------------------------
@@ -421,8 +427,8 @@ class Trainer:
         return {
             "algorithm": self.algorithm.name,
             "algorithm_config": self.algorithm_config.model_dump(mode="json"),
-            # How often to save changes nothing, how a batch is cut only the rounding.
-            "config": self.config.model_dump(mode="json", exclude={"checkpoint_every", *CUT}),
+            # How a batch is cut changes the rounding.
+            "config": self.config.model_dump(mode="json", exclude={*HARMLESS, *CUT}),
             "total_steps": self.total_steps,
             "data": self.source.digest(),
             "held_out": self.held_out.digest() if self.held_out else None,
@@ -446,7 +452,8 @@ class Trainer:
                 [*self.source.examples, *(self.held_out.examples if self.held_out else []), probes],
                 mode="start" if self.reference_policy else self.config.reference,
                 micro_batch_tokens=self.config.micro_batch_tokens,
-                cache=self.out / "reference.safetensors",
+                cache=self._reference_file,
+                reuse=self.config.reuse_reference,
                 behaviour_weights=self.behaviour_weights,
                 share_prompts=self.config.share_prompts,
                 temperature=self.algorithm_config.scored_at,
@@ -457,6 +464,10 @@ class Trainer:
                 "Interrupted while scoring with the reference; what was scored is kept.",
                 advice=self.resume_hint,
             ) from stopped
+
+    @property
+    def _reference_file(self) -> Path:
+        return self.out / "reference.safetensors"
 
     def _all_probes(self) -> Iterator[Rendered]:
         """The rows besides the examples' own that the run's batches will ask the reference for."""

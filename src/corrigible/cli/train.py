@@ -94,6 +94,20 @@ def dpo(
     split: str = typer.Option(
         "auto", "--split", help="What must not be on both sides: auto, prompt, topic or item. Never rows."
     ),
+    micro_batch_tokens: int = typer.Option(
+        512, "--micro-batch-tokens", min=1, help="Most tokens in one forward pass; bounds memory."
+    ),
+    gradient_checkpointing: bool = typer.Option(
+        False, "--gradient-checkpointing", help="Less memory in a pass, for a third more time."
+    ),
+    moments: str = typer.Option(
+        "float32", "--moments", help="Precision of the optimiser's moments: float32 or bfloat16."
+    ),
+    reuse_reference: bool = typer.Option(
+        False,
+        "--reuse-reference",
+        help="Share reference log-probs with other runs on the same policy, pairs and settings.",
+    ),
     seed: int = typer.Option(0, "--seed", min=0, help="Of the split, the adapter and the order."),
     name: str = typer.Option("", "--name", help="Name of the new policy version.", show_default=False),
     checkpoint_every: int = typer.Option(25, "--checkpoint-every", min=1, help="Steps between checkpoints."),
@@ -117,13 +131,19 @@ def dpo(
         from corrigible.store.formats import import_file
 
         try:
-            config = TrainConfig(
-                epochs=epochs,
-                steps=steps or None,
-                lr=lr,
-                batch_size=batch_size,
-                seed=seed,
-                checkpoint_every=checkpoint_every,
+            config = TrainConfig.model_validate(
+                {
+                    "epochs": epochs,
+                    "steps": steps or None,
+                    "lr": lr,
+                    "batch_size": batch_size,
+                    "micro_batch_tokens": micro_batch_tokens,
+                    "gradient_checkpointing": gradient_checkpointing,
+                    "moments": moments,
+                    "reuse_reference": reuse_reference,
+                    "seed": seed,
+                    "checkpoint_every": checkpoint_every,
+                }
             )
             dpo_config = DPOConfig(beta=beta, label_smoothing=label_smoothing)
         except ValidationError as error:
