@@ -52,6 +52,11 @@ class TrainConfig(BaseModel):
     moments: Moments = Field(
         "float32", description="Precision of AdamW's two moments: 8 bytes a weight, or 4 in bfloat16."
     )
+    shard: Literal["nothing", "optimiser"] = Field(
+        "nothing",
+        description="What several processes (torchrun) share out, where each would hold all of it: `nothing` "
+        "or the masters and moments of the `optimiser`, of which each of n processes then holds about 1/n.",
+    )
     max_grad_norm: float = Field(1.0, gt=0, description="Gradients longer than this are scaled down to it.")
     reference: ReferenceMode = Field(
         "start",

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from corrigible.align.config import TrainConfig
+from corrigible.align.distributed import join
 from corrigible.align.implicit_reward import implicit_reward_accuracy
 from corrigible.align.registry import DPOConfig, get_algorithm
 from corrigible.align.sources import PairSource
@@ -43,6 +44,8 @@ def train_dpo(
 ) -> PolicyVersion:
     """Train a policy on comparisons with DPO and describe what came out.
 
+    Under torchrun every process calls this with the same arguments, and gets the same version.
+
     Args:
         pairs: what to learn from, or a store whose live comparisons to learn from.
         model: a name or folder to load, or a policy in memory (trained in place).
@@ -77,6 +80,7 @@ def train_dpo(
         store = store or pairs
         pairs = load_pairs(pairs, aggregate=True)
     pairs = list(pairs)
+    world = join()  # before a policy is loaded: it chooses this process's GPU
     policy = model if isinstance(model, LanguagePolicy) else load_policy(model)
     if lora_rank is not None and not policy.has_adapter:
         policy.add_lora(rank=lora_rank, alpha=2 * lora_rank, seed=config.seed)
@@ -106,38 +110,43 @@ def train_dpo(
         resume_hint=resume_hint,
     )
     result = trainer.train(resume=resume)
-    # The version states a digest; the ids themselves go beside it, for whoever registers the version.
-    write_atomically(out / LINEAGE, "".join(f"{one}\n" for one in source.derived_from()).encode())
-    scores: dict[str, Any] = {f"train/{key}": value for key, value in result.metrics.items()}
-    if test is not None and trainer.reference is not None:
-        measured = implicit_reward_accuracy(
-            policy,
-            test,
-            beta=dpo.beta,
-            reference=trainer.reference,
-            micro_batch_tokens=config.micro_batch_tokens,
-            by=split,
+
+    def describe() -> PolicyVersion:
+        # The version states a digest; the ids themselves go beside it, for whoever registers the version.
+        write_atomically(out / LINEAGE, "".join(f"{one}\n" for one in source.derived_from()).encode())
+        scores: dict[str, Any] = {f"train/{key}": value for key, value in result.metrics.items()}
+        if test is not None and trainer.reference is not None:
+            measured = implicit_reward_accuracy(
+                policy,
+                test,
+                beta=dpo.beta,
+                reference=trainer.reference,
+                micro_batch_tokens=config.micro_batch_tokens,
+                by=split,
+            )
+            scores["implicit_reward_accuracy"] = measured.to_json()["accuracy"]
+            scores["implicit_reward_margin"] = float(measured.margins.mean())
+        version = PolicyVersion(
+            name=name or f"{Path(policy.base_name).name}-dpo",
+            parent=parent,
+            base_model=policy.base_name,
+            weights=result.weights_sha256,
+            adapter=str(result.weights) if policy.has_adapter else None,
+            algorithm="dpo",
+            config={
+                "dpo": dpo.model_dump(mode="json"),
+                "train": config.model_dump(mode="json"),
+                "lora_rank": lora_rank,
+                "max_length": max_length,
+                "steps": result.steps,
+            },
+            trained_on=trained_on(source),
+            scores=scores,
         )
-        scores["implicit_reward_accuracy"] = measured.to_json()["accuracy"]
-        scores["implicit_reward_margin"] = float(measured.margins.mean())
-    version = PolicyVersion(
-        name=name or f"{Path(policy.base_name).name}-dpo",
-        parent=parent,
-        base_model=policy.base_name,
-        weights=result.weights_sha256,
-        adapter=str(result.weights) if policy.has_adapter else None,
-        algorithm="dpo",
-        config={
-            "dpo": dpo.model_dump(mode="json"),
-            "train": config.model_dump(mode="json"),
-            "lora_rank": lora_rank,
-            "max_length": max_length,
-            "steps": result.steps,
-        },
-        trained_on=trained_on(source),
-        scores=scores,
-    )
-    return _keep(out / "policy.json", version, result)
+        return _keep(out / "policy.json", version, result)
+
+    with world.together():
+        return world.by_lead(describe)
 
 
 def lineage(out: str | Path) -> list[str]:

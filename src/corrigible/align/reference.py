@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from corrigible.align.config import ReferenceMode
+from corrigible.align.distributed import World
 from corrigible.align.passes import passes
 from corrigible.align.reference_cache import ReferenceLogprobs, pass_digest, read, take_over, write
 from corrigible.align.sources import Example, PairExample, row_key
@@ -49,6 +50,7 @@ def reference_logprobs(
     share_prompts: bool = True,
     temperature: float = 1.0,
     check_stop: Callable[[], None] = lambda: None,
+    world: World | None = None,
 ) -> ReferenceLogprobs:
     """Log-probs of every row of ``examples`` under the reference, each distinct row once.
 
@@ -65,11 +67,13 @@ def reference_logprobs(
         share_prompts: compute a prompt once for all its responses, where the model allows it.
         temperature: of the distribution that the log-probs belong to.
         check_stop: called between forward passes; may raise. What is done by then is kept in ``cache``.
+        world: the processes that share the work; each gets all of it. Alone when absent.
 
     Raises:
         NumericsError: the reference gives NaN or infinite log-probs.
         StorageError: the cache cannot be written.
     """
+    world = world or World()
     examples = list(examples)
     rows = {row_key(row): row for example in examples for row in example.rows}
     weights = reference_weights(policy, mode)
@@ -87,16 +91,21 @@ def reference_logprobs(
     without = policy.has_adapter and _without_adapter(policy, mode)
     disabled = policy.adapter_disabled() if without else nullcontext()
     policy.model.eval()
-    done, digest = 0, ""
+    mine: ReferenceLogprobs = {}
+    digest = ""
     try:
-        with torch.inference_mode(), disabled:
+        with torch.inference_mode(), disabled, world.together():
             score = Scorer(policy, share=share_prompts)
             digest = pass_digest(score, weights, todo, micro_batch_tokens)
             if reuse and not todo.keys() <= known.keys():
                 known |= take_over(digest, weights)
             groups = _by_prompt(todo, score, micro_batch_tokens)
             rows_of = [[todo[key] for key in group] for group in groups]
-            for batch in passes(score, rows_of, micro_batch_tokens):
+            size = {number: score.size(rows) for number, rows in enumerate(rows_of)}
+            batches = passes(score, rows_of, micro_batch_tokens)
+            batches = world.share(batches, lambda batch: sum(size[i] for i in batch))
+            total = sum(len(groups[i]) for batch in batches for i in batch)
+            for batch in batches:
                 keys = [key for i in batch for key in groups[i]]
                 # Whole batches are skipped or computed: a resumed pass has the same bits as an
                 # uninterrupted one only if its batches are the same.
@@ -105,10 +114,11 @@ def reference_logprobs(
                     scores = score([rows_of[i] for i in batch], temperature=temperature)
                     for key, values in zip(keys, scores, strict=True):
                         known[key] = values.detach().to("cpu", torch.float32)
-                done += len(keys)
-                emit(Progress(task="reference log-probs", done=done, total=len(todo), unit="row"))
+                mine |= {key: known[key] for key in keys}
+                emit(Progress(task="reference log-probs", done=len(mine), total=total, unit="row"))
     finally:
-        if cache is not None and todo:
+        known |= world.merge(mine)
+        if cache is not None and todo and world.leads:
             write(cache, weights, {key: known[key] for key in todo if key in known}, digest)
     if recorded:
         emit(Message(text=f"{recorded} of {len(rows)} reference log-probs were recorded at sampling."))

@@ -8,7 +8,9 @@ What it guarantees:
   number of tokens) is measured over all of it before the first part.
 * *Resume.* Weights as the optimiser knows them (float32), its moments, random state and position are in
   one atomic checkpoint; a killed run that is resumed ends with bitwise the weights of an uninterrupted
-  one (on the same machine, with the same number of threads).
+  one (on the same machine, with the same number of threads and processes).
+* *Several processes* (torchrun) each learn from a share of every batch, and sum their gradients: the
+  batch, its denominators and what is measured in it stay those of one process.
 * *Ctrl-C and SIGTERM* finish nothing half: the state after the last whole step is saved and
   :class:`~corrigible.errors.Interrupted` is raised.
 * *No silent failure.* NaN, a gradient that is zero, weights that do not move, a reference that is
@@ -35,13 +37,15 @@ from torch import Tensor
 from corrigible.align.attribution import Ledger
 from corrigible.align.checkpoint import Checkpoint, load_latest, save_checkpoint
 from corrigible.align.config import TrainConfig, learning_rate
+from corrigible.align.distributed import join
 from corrigible.align.interrupts import Stopped, stop_signals
 from corrigible.align.passes import passes
 from corrigible.align.reference import reference_logprobs
 from corrigible.align.reference_cache import ReferenceLogprobs, hand_on
 from corrigible.align.registry import Algorithm, AlgorithmConfig, ScoredExamples
+from corrigible.align.sharded import ShardedOptimiser
 from corrigible.align.sources import Example, Separable, Source, row_key
-from corrigible.align.watch import Held, Watch, alarm, check_examples
+from corrigible.align.watch import Held, Watch, alarm, check_examples, some_of
 from corrigible.errors import BadInputError, Interrupted, memory_advice
 from corrigible.events import Alert, Artefact, EventBus, Message, Metric, Progress, current_bus, emit, use_bus
 from corrigible.files import storage_errors, write_atomically
@@ -52,7 +56,7 @@ from corrigible.models.scoring import Scorer
 HARMLESS = ("checkpoint_every", "reuse_reference")
 """Settings that do not change what is computed."""
 
-CUT = ("micro_batch_tokens", "gradient_checkpointing")
+CUT = ("micro_batch_tokens", "gradient_checkpointing", "shard")
 """Settings that decide memory, and of the result the last bits only: a resumed run may change them."""
 
 RNG = "random state"
@@ -145,6 +149,7 @@ class Trainer:
         self.ledger = ledger
         self.resume_hint = resume_hint
         self.bus = bus or current_bus()
+        self.world = join()
         self.reference: ReferenceLogprobs | None = None
         self.score: Scorer | None = None
         self.parameters = {name: p for name, p in policy.model.named_parameters() if p.requires_grad}
@@ -168,19 +173,22 @@ class Trainer:
         if held_out is not None:
             _check_vocabulary(policy, held_out, reference_policy)
         with self._room("the optimiser's state"):
-            self.optimiser = Optimiser(
-                Group(self.parameters, weight_decay=self.config.weight_decay),
-                betas=self.config.betas,
-                eps=self.config.eps,
-                master_weights=self.config.master_weights,
-                moments=self.config.moments,
-                seed=self.config.seed,
-            )
+            self.optimiser = self._optimiser()
         self.watch = Watch(
             policy, self.parameters, self.optimiser, stochastic=self.config.master_weights == "stochastic"
         )
         self._scored: list[tuple[Rendered, Tensor]] = []
         self._stop: Callable[[], None] = lambda: None
+
+    def _optimiser(self) -> Optimiser:
+        config = self.config
+        group = Group(self.parameters, weight_decay=config.weight_decay)
+        settings: dict[str, Any] = {
+            name: getattr(config, name) for name in ("betas", "eps", "master_weights", "moments", "seed")
+        }
+        if config.shard == "nothing" or self.world.size == 1:
+            return Optimiser(group, **settings)
+        return ShardedOptimiser(self.world, group, **settings)
 
     @property
     def total_steps(self) -> int:
@@ -207,14 +215,25 @@ class Trainer:
                 may go on from it with other ``micro_batch_tokens`` and ``gradient_checkpointing``.
             NumericsError: a named numerical failure; the last checkpoint stays.
             StorageError: the disk is full or gone; the last checkpoint stays.
+            CorrigibleError: ``process_lost``: another process of this run is gone.
         """
         began = time.monotonic()
         folder = self.out / "checkpoints"
-        with use_bus(self.bus), stop_signals() as self._stop, torch.random.fork_rng():
+        with (
+            self.world.reporting(self.bus) as bus,
+            use_bus(bus),
+            stop_signals() as self._stop,
+            torch.random.fork_rng(),
+            self.world.together(),
+        ):
             torch.manual_seed(self.config.seed)
             checkpoint = self._open(folder, resume)
             start_sha = self.policy.weights_sha256()
             identity = self._identity(start_sha)
+            self.world.check_same(
+                {name: value for name, value in identity.items() if name != "rounding"}
+                | {"step": checkpoint.step if checkpoint else 0}
+            )
             if checkpoint is not None:
                 _check_identity(checkpoint.state["identity"], identity)
             check_examples(self.source.examples, self.policy.end_ids)
@@ -227,24 +246,25 @@ class Trainer:
                 self._restore(checkpoint)
                 step = checkpoint.step
                 emit(Message(text=f"Resumed after step {step} of {self.total_steps}."))
-            metrics = self._open_history(step)
+            metrics = self.world.by_lead(lambda: self._open_history(step))
             emit(
                 Progress(task=f"train {self.algorithm.name}", done=step, total=self.total_steps, unit="step")
             )
             try:
-                while step < self.total_steps:
-                    with self._room("a forward and backward pass and the update"):
-                        metrics = self._step(step)
-                    step += 1
-                    self._log(step, metrics)
-                    if step == 1 and self.reference is not None and self.config.reuse_reference:
-                        hand_on(self._reference_file)  # the first step has held it against the policy
-                    if step % self.config.checkpoint_every == 0 and step < self.total_steps:
-                        save_checkpoint(folder, step, *self._state(identity))
+                with self.world.together():
+                    while step < self.total_steps:
+                        with self._room("a forward and backward pass and the update"):
+                            metrics = self._step(step)
+                        step += 1
+                        self._log(step, metrics)
+                        if step == 1 and self.reference and self.config.reuse_reference and self.world.leads:
+                            hand_on(self._reference_file)  # the first step has held it against the policy
+                        if step % self.config.checkpoint_every == 0 and step < self.total_steps:
+                            self._save(step, identity)
             except Stopped as stopped:
-                save_checkpoint(folder, step, *self._state(identity))
+                self._save(step, identity)
                 raise self._interrupted(step) from stopped
-            save_checkpoint(folder, step, *self._state(identity))
+            self._save(step, identity)
             end_sha = self.policy.weights_sha256()
             if end_sha == start_sha:
                 alarm(
@@ -252,7 +272,7 @@ class Trainer:
                     "training ended with exactly the weights it began with.",
                     "The learning rate may be below the weights' precision.",
                 )
-            weights = self._save_weights()
+            weights = self.world.by_lead(self._save_weights)
         return TrainResult(
             steps=step,
             metrics=metrics,
@@ -267,7 +287,8 @@ class Trainer:
         """Add the gradient of the batch's loss to every parameter's ``grad``; return the batch's metrics.
 
         The result does not depend on ``micro_batch_tokens``: each micro-batch is divided by the
-        weight of the whole batch, and what it must know of the whole batch is measured first.
+        weight of the whole batch, and what it must know of the whole batch is measured first. Of several
+        processes each gives the same batch, learns from its share, and gets the whole.
 
         Raises:
             NumericsError: ``loss_not_finite``, or whatever the objective finds.
@@ -276,6 +297,7 @@ class Trainer:
         whole = self._measure(examples, denominator)
         score = self._scorer()
         parts = [part for example in examples for part in self._parts(example)]
+        parts = self.world.share(parts, lambda part: score.size(part.rows))
         metrics: dict[str, float] = {}
         for batch in passes(score, [part.rows for part in parts], self.config.micro_batch_tokens):
             self._stop()
@@ -299,7 +321,8 @@ class Trainer:
             for name, value in output.metrics.items():
                 metrics[name] = metrics.get(name, 0.0) + value
         self.watch.end_batch(self.algorithm, self.algorithm_config, examples, whole, self._held())
-        return metrics
+        self.world.sum_gradients(list(self.parameters.values()))
+        return self.world.sum_metrics(metrics)
 
     def _held(self) -> Held:
         if self.reference is None:
@@ -310,7 +333,8 @@ class Trainer:
         """Metrics of :attr:`ledger` on what was just scored; their intervals go out as events."""
         if self.ledger is None:
             return {}
-        found = self.ledger.attribute(*zip(*self._scored, strict=True))
+        shares = self.world.gather([(row, scores.cpu()) for row, scores in self._scored])
+        found = self.ledger.attribute(*zip(*(scored for share in shares for scored in share), strict=True))
         for event in found.events(step + 1):
             emit(event)
         return found.metrics()
@@ -322,11 +346,14 @@ class Trainer:
         rows = self.algorithm.probes(examples) if self.algorithm.probes is not None else ()
         score = self._scorer()
         found: dict[int, Tensor] = {}
-        for batch in passes(score, [[row] for row in rows], self.config.micro_batch_tokens):
+        mine = self.world.share(range(len(rows)), lambda i: score.size([rows[i]]))
+        for batch in passes(score, [[rows[i]] for i in mine], self.config.micro_batch_tokens):
             self._stop()
-            scores = self._logprobs([[rows[i]] for i in batch], grad=False)
-            found |= zip(batch, scores, strict=True)
-        policy = [found[i] for i in range(len(rows))]
+            chosen = [mine[i] for i in batch]
+            scores = self._logprobs([[rows[i]] for i in chosen], grad=False)
+            found |= zip(chosen, scores, strict=True)
+        found = self.world.merge(found)
+        policy = [found[i].to(self.policy.device) for i in range(len(rows))]
         return self.algorithm.measure(
             ScoredExamples(examples, policy, self._reference_of(rows), denominator), self.algorithm_config
         )
@@ -406,6 +433,8 @@ class Trainer:
             ways.append("set gradient_checkpointing (--gradient-checkpointing)")
         if config.moments == "float32":
             ways.append("keep the optimiser's moments in bfloat16 (--moments bfloat16)")
+        if config.shard == "nothing" and self.world.size > 1:
+            ways.append("share out the optimiser's state (shard='optimiser')")
         if not self.policy.has_adapter:
             ways.append("train an adapter (--lora-rank) instead of all weights")
         return memory_advice(what, f"{'; or '.join(ways)}. The last checkpoint is intact.")
@@ -436,7 +465,7 @@ class Trainer:
             "parameters": hashlib.sha256(
                 json.dumps([[n, list(p.shape), str(p.dtype)] for n, p in self.parameters.items()]).encode()
             ).hexdigest(),
-            "rounding": {"threads": torch.get_num_threads()}
+            "rounding": {"threads": torch.get_num_threads(), "processes": self.world.size}
             | {name: getattr(self.config, name) for name in CUT},
         }
 
@@ -458,6 +487,7 @@ class Trainer:
                 share_prompts=self.config.share_prompts,
                 temperature=self.algorithm_config.scored_at,
                 check_stop=self._stop,
+                world=self.world,
             )
         except Stopped as stopped:
             raise Interrupted(
@@ -475,8 +505,27 @@ class Trainer:
             for step in range(self.total_steps):
                 yield from self.algorithm.probes(self.source.batch(step, self.config.batch_size))
 
+    def _save(self, step: int, identity: Mapping[str, Any]) -> None:
+        """Write a checkpoint, once the processes have agreed that they hold the same weights."""
+        marks = self.world.gather(self._mark() if self.world.size > 1 else [])
+        if any(mark != marks[0] for mark in marks):
+            alarm(
+                "processes_diverged",
+                f"the processes hold different weights after step {step}.",
+                "Somebody changed them in one process, or the processes run on different hardware.",
+            )
+        tensors, state = self._state(identity)
+        self.world.by_lead(lambda: save_checkpoint(self.out / "checkpoints", step, tensors, state))
+
+    def _mark(self) -> list[float]:
+        """What tells two states of the weights apart."""
+        return [float(some_of(p).sum(dtype=torch.float64)) for p in self.parameters.values()]
+
     def _state(self, identity: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        return {RNG: torch.get_rng_state(), **self.optimiser.state()}, {"identity": dict(identity)}
+        state = self.optimiser.state()
+        if isinstance(self.optimiser, ShardedOptimiser):
+            state = self.world.collect(state)
+        return {RNG: torch.get_rng_state(), **state}, {"identity": dict(identity)}
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         tensors = dict(checkpoint.tensors)
@@ -505,8 +554,9 @@ class Trainer:
         return {key: value for key, value in kept[-1].items() if key != "step"} if kept else {}
 
     def _log(self, step: int, metrics: Mapping[str, float]) -> None:
-        with storage_errors(self.out), (self.out / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps({"step": step, **metrics}) + "\n")
+        if self.world.leads:
+            with storage_errors(self.out), (self.out / "metrics.jsonl").open("a") as file:
+                file.write(json.dumps({"step": step, **metrics}) + "\n")
         for name, value in metrics.items():
             emit(Metric(name=f"train/{name}", value=value, step=step))
         emit(Progress(task=f"train {self.algorithm.name}", done=step, total=self.total_steps, unit="step"))

@@ -334,7 +334,7 @@ class Watch:
             current[name] is parameter for name, parameter in self.parameters.items()
         )
         agree = [
-            (_some(parameter) == self._master(name).to(parameter.dtype)).all()
+            (some_of(parameter) == self._master(name).to(parameter.dtype)).all()
             for name, parameter in self.parameters.items()
         ]
         if not same or not bool(torch.stack(agree).all()):
@@ -347,7 +347,7 @@ class Watch:
         for name, parameter in self.parameters.items():
             if parameter.grad is None:
                 continue
-            gradient = _some(parameter.grad)
+            gradient = some_of(parameter.grad)
             place = gradient.abs().argmax().view(1)
             if self.stochastic and parameter.dtype == torch.bfloat16:
                 # A single weight may well stay where it is: all of them are looked at.
@@ -355,7 +355,7 @@ class Watch:
             self._before.append((name, place, gradient[place], self._master(name)[place].clone()))
 
     def _master(self, name: str) -> Tensor:
-        """As :func:`_some`, of a parameter as the optimiser knows it."""
+        """As :func:`some_of`, of a parameter as the optimiser knows it."""
         return self.optimiser.master(name, _every(self.parameters[name]))
 
     def after_update(self, rate: float) -> None:
@@ -381,7 +381,7 @@ class Watch:
             )
 
 
-def _some(tensor: Tensor) -> Tensor:
+def some_of(tensor: Tensor) -> Tensor:
     """At most about :data:`SAMPLED_WEIGHTS` elements, evenly spread, ``(k,)``."""
     return tensor.detach().reshape(-1)[:: _every(tensor)]
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -12,9 +14,10 @@ from rich.markup import escape
 
 from corrigible.cli.console import DEFAULT_STORE, Json, console, examples, print_json, progress_bus
 from corrigible.cli.train_reward import add_reward_command
-from corrigible.errors import BadInputError
+from corrigible.errors import BadInputError, CorrigibleError
 
 if TYPE_CHECKING:
+    from corrigible.align.distributed import World
     from corrigible.intervals import Estimate
     from corrigible.records import PolicyVersion
     from corrigible.store import Pair
@@ -34,6 +37,8 @@ def register(app: typer.Typer) -> None:
             corrigible train dpo --data comparisons.jsonl --out runs/dpo --limit 200
             # after Ctrl-C or a crash
             corrigible train dpo --store corrigible.db --out runs/dpo --resume
+            # in several processes, each with a share of every batch
+            torchrun --nproc-per-node 2 -m corrigible train dpo --store corrigible.db --out runs/dpo
             """
         ),
     )(dpo)
@@ -121,7 +126,7 @@ def dpo(
     """
     if not data and not store:
         store = DEFAULT_STORE
-    with progress_bus(json, run=str(out)):
+    with _in_step(json, out) as world:
         from pydantic import ValidationError
 
         from corrigible.align import DPOConfig, TrainConfig, train_dpo
@@ -153,10 +158,15 @@ def dpo(
                 f"{option}: {wrong['msg']}.", advice="See corrigible train dpo --help."
             ) from error
         out.mkdir(parents=True, exist_ok=True)
-        with Store.open(store or out / "feedback.db", create=bool(data)) as opened:
-            imported = [
-                import_file(opened, path, rejects=out / f"{path.name}.rejects.jsonl") for path in data
-            ]
+
+        def import_all() -> list[Any]:
+            with Store.open(store or out / "feedback.db", create=True) as opened:
+                return [
+                    import_file(opened, path, rejects=out / f"{path.name}.rejects.jsonl") for path in data
+                ]
+
+        imported = world.by_lead(import_all) if data else []
+        with Store.open(store or out / "feedback.db", create=False) as opened:
             pairs = load_pairs(opened, aggregate=True)
             if not pairs:
                 raise BadInputError(
@@ -179,6 +189,8 @@ def dpo(
                 resume=resume,
                 resume_hint=_resume_command(ctx),
             )
+            if not world.leads:
+                return
             Registry(opened).register(version, trained_on=lineage(out))
             length = _length_only(sides) if sides.test else None
             where = opened.url
@@ -197,6 +209,22 @@ def dpo(
         )
         return
     _show(version, sides.by, length, where)
+
+
+@contextmanager
+def _in_step(json: bool, out: Path) -> Iterator[World]:
+    """Of several processes (torchrun) all train, and all end alike; one of them imports and speaks."""
+    from corrigible.align.distributed import join, leads
+
+    with progress_bus(json, run=str(out)) if leads() else nullcontext():
+        world = join()
+        try:
+            with world.together():
+                yield world
+        except CorrigibleError as error:
+            if world.has_told(error) and not world.leads:
+                raise typer.Exit(error.exit_code) from error
+            raise
 
 
 class _Sides(NamedTuple):
@@ -241,7 +269,11 @@ def _length_only(sides: _Sides) -> Estimate:
 
 def _resume_command(ctx: typer.Context) -> str:
     """The command that goes on with this run: what the user typed, and ``--resume``."""
-    words = ["corrigible", "train", "dpo"]
+    several = os.environ.get("LOCAL_WORLD_SIZE", "1")
+    launch = (
+        ["corrigible"] if several == "1" else ["torchrun", "--nproc-per-node", several, "-m", "corrigible"]
+    )
+    words = [*launch, "train", "dpo"]
     for parameter in ctx.command.params:
         source = ctx.get_parameter_source(parameter.name or "")
         value = ctx.params.get(parameter.name or "")
