@@ -50,10 +50,11 @@ from corrigible.align.checkpoint import load_latest
 from corrigible.align.distributed import World, join
 from corrigible.align.sharded import ShardedOptimiser
 from corrigible.align.sources import Example
-from corrigible.errors import BadInputError, CorrigibleError, StorageError
+from corrigible.errors import BadInputError, CorrigibleError, NumericsError, StorageError
 from corrigible.events import Alert, AnyEvent, EventBus, Metric, Progress, emit
 from corrigible.models import LanguagePolicy, Rendered, TokenKind
 from corrigible.models.optimiser import Group
+from corrigible.models.scoring import Scorer
 from corrigible.store import labelled_from_pairs
 
 COSINE, NORM = 0.999999, 1e-5
@@ -260,6 +261,19 @@ def other_data(trainer: Trainer, rank: int) -> None:
         trainer.source.digest = lambda: "other"  # type: ignore[method-assign]
 
 
+def bad_reference(trainer: Trainer, rank: int) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise NumericsError("reference_not_finite: the reference gives NaN.")
+
+    if rank == 1:
+        Scorer.__call__ = refuse  # type: ignore[method-assign, assignment]
+
+
+def other_reference(trainer: Trainer, rank: int) -> None:
+    if rank == 1:
+        trainer.reference_policy = disturbed(build_policy(), 3)
+
+
 def drift(trainer: Trainer) -> None:
     with torch.no_grad():
         next(iter(trainer.parameters.values())).add_(1e-3)
@@ -271,6 +285,8 @@ FAULTS: dict[str, Callable[[Trainer, int], None]] = {
     "a bug": in_step_2(1, bug),
     "a full disk": full_disk,
     "other data": other_data,
+    "a bad reference": bad_reference,
+    "another reference": other_reference,
     "other weights": in_step_2(1, drift),
     "killed": in_step_2(1, lambda trainer: os.kill(os.getpid(), signal.SIGKILL)),
     "asked to stop": in_step_2(1, lambda trainer: os.kill(os.getpid(), signal.SIGTERM)),
@@ -367,7 +383,7 @@ def start() -> Iterator[Start]:
         codes = json.loads(nursery.stdout.readline())
         paths = [out / f"answer-{rank}.pt" for rank in range(size)]
         answers = [torch.load(path, weights_only=False) if path.exists() else None for path in paths]
-        assert codes == list(ends)[:size], answers
+        assert codes == list(ends), answers
         return answers
 
     yield run
@@ -399,12 +415,14 @@ def test_two_processes_have_the_gradient_of_one(algorithm: str, start: Start, tm
         torch.testing.assert_close(first.reference[key], values, rtol=1e-5, atol=1e-5)
 
 
-def test_a_process_without_a_share_adds_zeros(start: Start, tmp_path: Path) -> None:
-    first, second = start(learn, tmp_path / "two", count=1)
-    alone = learn(tmp_path / "one", count=1)
-    assert (first.forward, second.forward) == (2, 0)
-    assert torch.equal(first.gradient, second.gradient) and same(first.gradient, alone.gradient)
-    assert second.metrics == pytest.approx(alone.metrics, rel=1e-4, abs=1e-5)
+@pytest.mark.parametrize("size", [2, 3])
+def test_a_process_without_a_share_adds_zeros(size: int, start: Start, tmp_path: Path) -> None:
+    several = start(learn, tmp_path / "several", size=size, ends=[0] * size, count=size - 1)
+    alone = learn(tmp_path / "one", count=size - 1)
+    assert [each.forward for each in several] == [2] * (size - 1) + [0]
+    for each in several:
+        assert torch.equal(each.gradient, several[0].gradient) and same(each.gradient, alone.gradient)
+        assert each.metrics == pytest.approx(alone.metrics, rel=1e-4, abs=1e-5)
 
 
 @pytest.mark.parametrize(("algorithm", "fault"), [("dpo", "mean of means"), ("kto", "z0 of a share")])
@@ -544,6 +562,8 @@ FAILURES = {
     "NaN in process 1": ((7, 7), "are not finite"),
     "a full disk": ((5, 5), "StorageError: The disk is full. Free some space."),
     "other data": ((3, 3), "processes_differ: process [01] has another data than process [01]"),
+    "a bad reference": ((7, 7), "NumericsError: reference_not_finite"),
+    "another reference": ((3, 3), "processes_differ: process [01] has another reference than"),
     "other weights": ((7, 7), "processes_diverged: the processes hold different weights after step 3"),
 }
 
@@ -555,7 +575,7 @@ def test_what_one_process_finds_ends_all_with_the_same_error(
     ends, message = FAILURES[fault]
     first, second = start(train, tmp_path, fault=fault, ends=ends)
     assert re.search(message, first)
-    if fault != "other data":  # there each names the other
+    if "processes_differ" not in message:  # there each names the other
         assert first == second
 
 
@@ -566,8 +586,9 @@ def test_a_bug_in_one_process_ends_the_others(start: Start, tmp_path: Path) -> N
 
 
 def test_a_killed_process_ends_the_others(start: Start, tmp_path: Path) -> None:
-    first, second = start(train, tmp_path, fault="killed", ends=(1, -signal.SIGKILL))
-    assert "process_lost: process 0 of 2 has lost touch" in first and second is None
+    first, second, third = start(train, tmp_path, size=3, fault="killed", ends=(1, -signal.SIGKILL, 1))
+    assert "process_lost: process 0 of 3 has lost touch" in first and second is None
+    assert "process_lost: process 2 of 3 has lost touch" in third
 
 
 def test_an_alert_of_one_process_is_heard_once(start: Start, tmp_path: Path) -> None:

@@ -213,6 +213,17 @@ class World:
         owners = _balanced([size(item) for item in items], self.size)
         return [item for item, owner in zip(items, owners, strict=True) if owner == self.rank]
 
+    def in_step(self, share: Sequence[T]) -> Iterator[T]:
+        """This process's share of long work, with a roll call after each item: failures are known at once.
+
+        Raises:
+            Stopped, CorrigibleError: as :meth:`together`, inside of which this must be.
+        """
+        for number in range(max(self.gather(len(share)))):
+            if number < len(share):
+                yield share[number]
+            self.roll_call()
+
     def gather(self, value: T) -> list[T]:
         """The values of all processes, by rank. Small ones: they travel pickled through main memory.
 

@@ -88,6 +88,8 @@ def reference_logprobs(
     if cache is not None:
         known |= read(cache, weights)
 
+    world.check_same({"reference": weights})
+
     without = policy.has_adapter and _without_adapter(policy, mode)
     disabled = policy.adapter_disabled() if without else nullcontext()
     policy.model.eval()
@@ -105,7 +107,7 @@ def reference_logprobs(
             batches = passes(score, rows_of, micro_batch_tokens)
             batches = world.share(batches, lambda batch: sum(size[i] for i in batch))
             total = sum(len(groups[i]) for batch in batches for i in batch)
-            for batch in batches:
+            for batch in world.in_step(batches):
                 keys = [key for i in batch for key in groups[i]]
                 # Whole batches are skipped or computed: a resumed pass has the same bits as an
                 # uninterrupted one only if its batches are the same.
