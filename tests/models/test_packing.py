@@ -164,3 +164,47 @@ def test_a_group_is_laid_out_alike_whatever_stands_beside_it() -> None:
         (n.start, n.end, n.below) for n in alone.nodes
     ]
     assert len(together) == 3 * len(alone) > len(pack(rows))
+
+
+def test_what_every_conversation_begins_with_is_laid_out_once_and_alone() -> None:
+    """A group under a preamble is laid out alike in any company; its rows sit in their own order."""
+    preamble = list(range(100, 120))
+
+    def pair(n: int) -> list[Rendered]:
+        prompt = [*preamble, *range(200 + n, 230 + n)]
+        return [Rendered.from_tokens(prompt, [1, 2 + n, 3]), Rendered.from_tokens(prompt, [4 + n] * 5)]
+
+    other = [Rendered.from_tokens(range(60, 90), [n, n]) for n in (1, 2)]
+    groups = [pair(0), other, pair(3), [pair(5)[0], other[0]]]
+    together = pack(
+        [row for group in groups for row in group], groups=list(map(len, groups)), preamble=preamble
+    )
+    assert together.nodes[0].end == 20 and together.ids[:20].tolist() == preamble
+    for group, first in zip(groups, (0, 2, 4, 6), strict=True):
+        for row, places in zip(group, together.places[first:], strict=False):
+            assert together.ids[places].tolist() == list(row.ids[: row.scored[-1]])
+            assert path_to(together, int(places[-1])) == places.tolist()
+    alone = pack(groups[2], preamble=preamble)
+    begin = int(together.places[4][20])
+    mine = [node for node in together.nodes if begin <= node.start < begin + len(alone) - 20]
+    assert [(n.start - begin, n.end - begin, n.below - begin) for n in mine] == [
+        (n.start - 20, n.end - 20, n.below - 20) for n in alone.nodes[1:]
+    ]
+    assert packed_size(groups[2], preamble=preamble) == len(alone) - 20
+    assert len(pack(other, preamble=preamble)) == packed_size(other, preamble=preamble) == packed_size(other)
+    assert len(pack(groups[0], share=False, preamble=preamble)) == 54 + 52
+
+
+def test_a_row_that_ends_within_or_with_the_preamble_keeps_its_tokens() -> None:
+    preamble = list(range(100, 120))
+    rows = [
+        Rendered.from_tokens(preamble[:18], [118]),  # its last read token stands before the preamble's end
+        Rendered.from_tokens(preamble[:19], [119, 7]),  # it is the preamble, and one token scored
+        Rendered.from_tokens(preamble, [5]),
+        Rendered.from_tokens([*preamble, 9], [5]),
+    ]
+    packed = pack(rows, preamble=preamble)
+    for row, places in zip(rows, packed.places, strict=True):
+        assert packed.ids[places].tolist() == list(row.ids[: row.scored[-1]])
+    assert packed.ids[packed.read].tolist() == [117, 118, 119, 119, 9]
+    assert packed.targets.tolist() == [118, 119, 7, 5, 5]

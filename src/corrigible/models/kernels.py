@@ -9,6 +9,8 @@ of transformers rounds, or later. ``tests/models/test_kernels.py`` holds every o
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -116,92 +118,148 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return result
 
 
-class _TreeAttention(torch.autograd.Function):
-    """Attention over a tree of nodes as a few dense calls, joined exactly by their log-sum-exp.
+DENSE = 384
+"""Up to this many keys a block's scores are one dense table; beyond, a fused kernel cuts them up."""
 
-    Every node attends to itself causally; all that stands under a node attends to it fully. A
-    token's output is the mean of its parts weighted by ``exp(lse of the part - lse of all)``, and
-    since the gradient of softmax attention needs only the output and the log-sum-exp of all, each
-    part's backward call is given those. It all runs in float32: on a CPU that is no slower here, and
-    joining parts that were rounded would make a row's numbers depend on what it was packed with.
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Tokens ``start`` to ``end``, each of which sees those before it here and all the stretches ``above``."""
+
+    start: int
+    end: int
+    above: tuple[tuple[int, int], ...]
+
+
+@lru_cache(maxsize=16)
+def blocks(nodes: tuple[Node, ...]) -> tuple[Block, ...]:
+    """The nodes of a tree, each with the stretches that stand above it, neighbours joined."""
+    found: list[Block] = []
+    path: list[Node] = []
+    for node in nodes:
+        while path and path[-1].below <= node.start:
+            path.pop()
+        above: list[tuple[int, int]] = []
+        for one in path:
+            begin = above.pop()[0] if above and above[-1][1] == one.start else one.start
+            above.append((begin, one.end))
+        found.append(Block(node.start, node.end, tuple(above)))
+        path.append(node)
+    return tuple(found)
+
+
+class _TreeAttention(torch.autograd.Function):
+    """Attention over a tree, block by block; it all runs in float32.
+
+    A short block is a few dense calls, which keep nothing but their inputs for the backward pass. A long
+    one is a causal call of torch's fused kernel over itself and a full one over each stretch above,
+    joined exactly by their log-sum-exp: a token's output is the mean of its parts weighted by ``exp(lse
+    of the part - lse of all)``, and since the gradient of softmax attention needs only the output and
+    the log-sum-exp of all, each part's backward call is given those. On a CPU float32 is no slower, and
+    a branch is computed alike whatever it was packed with.
     """
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, nodes: Sequence[Node], scale: float) -> Tensor:
-        kept, dtype = (q, k, v), q.dtype
-        q, k, v = _wide(q), _wide(k), _wide(v)
-        out = torch.empty_like(q)
-        total = torch.empty(q.shape[1], q.shape[0], dtype=q.dtype, device=q.device)
-        for node in nodes:
-            part, lse = _flash(q, k, v, node.start, node.end, node.start, node.end, True, scale)
-            out[node.start : node.end] = part
-            total[:, node.start : node.end] = lse
-        # From the leaves up or from the root down makes no difference; all selves are there by now.
-        for node in nodes:
-            if node.below == node.end:
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, nodes: tuple[Node, ...], scale: float
+    ) -> Tensor:
+        kept = q, k, v
+        q, k, v = (_heads(_wide(x)) for x in kept)
+        out, total = torch.empty_like(q), q.new_empty(q.shape[:2])
+        masks = _causal(q, nodes)
+        for block in blocks(nodes):
+            own = slice(block.start, block.end)
+            if _is_dense(block):
+                weights = _weights(q[:, own], _seen(k, block, len(q)), masks, scale)
+                out[:, own] = torch.bmm(weights, _seen(v, block, len(q)))
                 continue
-            part, lse = _flash(q, k, v, node.end, node.below, node.start, node.end, False, scale)
-            here = total[:, node.end : node.below]
-            both = torch.logaddexp(here, lse)
-            keep = (here - both).exp_().transpose(0, 1).unsqueeze(-1)
-            share = (lse - both).exp_().transpose(0, 1).unsqueeze(-1)
-            place = out[node.end : node.below]
-            place.copy_(place * keep + part * share)
-            total[:, node.end : node.below] = both
-        out = out.to(dtype)
-        ctx.save_for_backward(*kept, out, total)
+            mixed, lse = _flash(q, k, v, own, own, True, scale)
+            for start, end in block.above:
+                part, other = _flash(q, k, v, own, slice(start, end), False, scale)
+                both = torch.logaddexp(lse, other)
+                mixed = mixed * (lse - both).exp_().unsqueeze(-1)
+                mixed.addcmul_(part, (other - both).exp_().unsqueeze(-1))
+                lse = both
+            out[:, own], total[:, own] = mixed, lse
+        result = _heads(out).to(kept[0].dtype)
+        ctx.save_for_backward(*kept, result, total)
         ctx.nodes, ctx.scale = nodes, scale
-        return out
+        return result
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
         *kept, total = ctx.saved_tensors
-        dtype = kept[0].dtype
-        q, k, v, out = map(_wide, kept)
+        dtype, scale = kept[0].dtype, ctx.scale
+        q, k, v, out, grad = (_heads(_wide(x)) for x in (*kept, grad))
         grad_q, grad_k, grad_v = (torch.zeros_like(x) for x in (q, k, v))
-        grad = _wide(grad).contiguous()
-        for node in ctx.nodes:
-            spans = [(node.start, node.end, True)]
-            if node.below > node.end:
-                spans.append((node.end, node.below, False))
-            for start, end, causal in spans:
-                into = (slice(None), slice(node.start, node.end))
-                asked = (slice(None), slice(start, end))
-                parts = flash_backward(
-                    _heads(grad)[asked][None],
-                    _heads(q)[asked][None],
-                    _heads(k)[into][None],
-                    _heads(v)[into][None],
-                    _heads(out)[asked][None],
-                    total[:, start:end][None],
-                    0.0,
-                    causal,
-                    scale=ctx.scale,
-                )
-                grad_q[start:end] += parts[0][0].transpose(0, 1)
-                grad_k[node.start : node.end] += parts[1][0].transpose(0, 1)
-                grad_v[node.start : node.end] += parts[2][0].transpose(0, 1)
-        return grad_q.to(dtype), grad_k.to(dtype), grad_v.to(dtype), None, None
+        masks = _causal(q, ctx.nodes)
+        for block in blocks(ctx.nodes):
+            own = slice(block.start, block.end)
+            if _is_dense(block):
+                keys = _seen(k, block, len(q))
+                weights = _weights(q[:, own], keys, masks, scale)
+                _add_seen(grad_v, block, torch.bmm(weights.transpose(1, 2), grad[:, own]))
+                slope = torch.bmm(grad[:, own], _seen(v, block, len(q)).transpose(1, 2))
+                slope = torch.ops.aten._softmax_backward_data(slope, weights, -1, weights.dtype).mul_(scale)
+                grad_q[:, own] = torch.bmm(slope, keys)
+                _add_seen(grad_k, block, torch.bmm(slope.transpose(1, 2), q[:, own]))
+                continue
+            for span in ((block.start, block.end), *block.above):
+                into = slice(*span)
+                asked = (grad[None, :, own], q[None, :, own], k[None, :, into], v[None, :, into])
+                known = (out[None, :, own], total[None, :, own], 0.0, span[0] == block.start)
+                parts = flash_backward(*asked, *known, scale=scale)
+                grad_q[:, own] += parts[0][0]
+                grad_k[:, into] += parts[1][0]
+                grad_v[:, into] += parts[2][0]
+        return *(_heads(x).to(dtype) for x in (grad_q, grad_k, grad_v)), None, None
 
 
 def _heads(x: Tensor) -> Tensor:
-    """``(tokens, heads, size)`` as ``(heads, tokens, size)``."""
+    """``(tokens, heads, size)`` as ``(heads, tokens, size)``, and back."""
     return x.transpose(0, 1)
 
 
+def _is_dense(block: Block) -> bool:
+    return block.end - block.start + sum(end - start for start, end in block.above) <= DENSE
+
+
+def _causal(q: Tensor, nodes: tuple[Node, ...]) -> Tensor:
+    """``(n, n)``: minus infinity where a later token would be seen; for the longest dense block."""
+    longest = max((b.end - b.start for b in blocks(nodes) if _is_dense(b)), default=0)
+    return q.new_full((longest, longest), float("-inf")).triu_(1)
+
+
+def _seen(x: Tensor, block: Block, heads: int) -> Tensor:
+    """What a block sees of ``x`` ``(key heads, tokens, size)``, for every query head: ``(heads, keys, size)``."""
+    parts = [x[:, start:end] for start, end in (*block.above, (block.start, block.end))]
+    # A copy in any case: a product must not depend on how its factors lie in memory.
+    return torch.cat(parts, dim=1).repeat_interleave(heads // len(x), dim=0)
+
+
+def _add_seen(x: Tensor, block: Block, part: Tensor) -> None:
+    """Add the gradient ``part`` of :func:`_seen` to ``x``."""
+    part = part.view(len(x), -1, *part.shape[1:]).sum(dim=1) if len(part) != len(x) else part
+    place = 0
+    for start, end in (*block.above, (block.start, block.end)):
+        x[:, start:end] += part[:, place : place + end - start]
+        place += end - start
+
+
+def _weights(q: Tensor, keys: Tensor, masks: Tensor, scale: float) -> Tensor:
+    """Softmax weights ``(heads, tokens, keys)`` of a block."""
+    count, above = q.shape[1], keys.shape[1] - q.shape[1]
+    scores = torch.bmm(q, keys.transpose(1, 2)).mul_(scale)
+    scores[:, :, above:] += masks[:count, :count]
+    return scores.softmax(dim=-1)
+
+
 def _flash(
-    q: Tensor, k: Tensor, v: Tensor, start: int, end: int, key: int, key_end: int, causal: bool, scale: float
+    q: Tensor, k: Tensor, v: Tensor, asked: slice, into: slice, causal: bool, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Output ``(tokens, heads, size)`` and log-sum-exp ``(heads, tokens)`` of one stretch over another."""
-    out, lse = flash(
-        _heads(q[start:end])[None],
-        _heads(k[key:key_end])[None],
-        _heads(v[key:key_end])[None],
-        0.0,
-        causal,
-        scale=scale,
-    )
-    return out[0].transpose(0, 1), lse[0]
+    """Output ``(heads, tokens, size)`` and log-sum-exp ``(heads, tokens)`` of one stretch over another."""
+    out, lse = flash(q[None, :, asked], k[None, :, into], v[None, :, into], 0.0, causal, scale=scale)
+    return out[0], lse[0]
 
 
 def tree_attention(q: Tensor, k: Tensor, v: Tensor, nodes: Sequence[Node], scale: float) -> Tensor:
@@ -217,7 +275,7 @@ def tree_attention(q: Tensor, k: Tensor, v: Tensor, nodes: Sequence[Node], scale
         ``(tokens, heads, size)``.
     """
     if q.device.type == "cpu":
-        result: Tensor = _TreeAttention.apply(q, k, v, nodes, scale)  # type: ignore[no-untyped-call]
+        result: Tensor = _TreeAttention.apply(q, k, v, tuple(nodes), scale)  # type: ignore[no-untyped-call]
         return result
     return masked_attention(q, k, v, nodes, scale)
 

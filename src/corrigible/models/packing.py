@@ -68,6 +68,7 @@ def pack(
     share: bool = True,
     whole: bool = False,
     groups: Sequence[int] | None = None,
+    preamble: Sequence[int] = (),
 ) -> Packed:
     """Lay rows out.
 
@@ -79,10 +80,12 @@ def pack(
         groups: how many rows, one after the other, share among themselves only; all of them by
             default. A group is laid out alike whatever stands beside it, so that its numbers change by
             no more than the matrix library's own rounding (in bfloat16 on a CPU: not at all).
+        preamble: tokens that most rows begin with, whatever group they are in (a system prompt): a node
+            of its own for all of them, even where only one row is there.
     """
     lengths = [_length(row, whole) for row in rows]
     cut = [np.asarray(row.ids[:length], dtype=np.int64) for row, length in zip(rows, lengths, strict=True)]
-    tree = _Tree(cut, share, groups or [len(rows)])
+    tree = _Tree(cut, share, groups or [len(rows)], preamble)
     places = tree.places
     read = [
         place[np.asarray(row.scored, dtype=np.int64) - 1] for row, place in zip(rows, places, strict=True)
@@ -100,10 +103,13 @@ def pack(
     )
 
 
-def packed_size(rows: Sequence[Rendered], *, share: bool = True, whole: bool = False) -> int:
-    """Tokens that :func:`pack` would lay out."""
+def packed_size(
+    rows: Sequence[Rendered], *, share: bool = True, whole: bool = False, preamble: Sequence[int] = ()
+) -> int:
+    """Tokens that :func:`pack` would lay out, those of the ``preamble`` not counted."""
     cut = [np.asarray(row.ids[: _length(row, whole)], dtype=np.int64) for row in rows]
-    return sum(map(len, _Tree(cut, share, [len(rows)]).ids))
+    tree = _Tree(cut, share, [len(rows)], preamble)
+    return tree.size - tree.begun
 
 
 def _length(row: Rendered, whole: bool) -> int:
@@ -113,26 +119,39 @@ def _length(row: Rendered, whole: bool) -> int:
 class _Tree:
     """The prefix trees of some groups of rows, depth first."""
 
-    def __init__(self, rows: list[np.ndarray], share: bool, groups: Sequence[int]) -> None:
+    def __init__(
+        self, rows: list[np.ndarray], share: bool, groups: Sequence[int], preamble: Sequence[int]
+    ) -> None:
         self.rows = rows
         self.ids: list[np.ndarray] = []
         self.positions: list[np.ndarray] = []
         self.nodes: list[Node] = []
         self.places: list[np.ndarray] = [np.zeros(0, dtype=np.int64)] * len(rows)
-        self.size = 0
+        self.size = self.begun = 0
         if not share:
             for index in range(len(rows)):
                 self._leaf(index, 0, [])
             return
-        first = 0
-        for size in groups:
-            # In lexical order rows that begin alike are neighbours, and what two rows have in common is
-            # the least that any neighbours between them have.
-            order = sorted(range(first, first + size), key=lambda index: rows[index].tolist())
-            common = [_common(rows[a], rows[b]) for a, b in itertools.pairwise(order)]
-            if order:
-                self._branch(order, common, 0, [])
-            first += size
+        begin = np.asarray(preamble, dtype=np.int64)
+        begins = [_common(row, begin) == len(begin) >= SHARE_FROM for row in rows]
+        edges = list(itertools.accumulate(groups, initial=0))
+        together = [range(*edge) for edge in itertools.pairwise(edges)]
+        if any(begins):
+            self.begun = len(begin)
+            above = [self._lay(begins.index(True), 0, len(begin))]
+            for group in together:
+                self._group([index for index in group if begins[index]], len(begin), above)
+            self.nodes[0] = Node(0, len(begin), self.size)
+        for group in together:
+            self._group([index for index in group if not begins[index]], 0, [])
+
+    def _group(self, rows: list[int], depth: int, above: list[np.ndarray]) -> None:
+        # In lexical order rows that begin alike are neighbours, and what two rows have in common is the
+        # least that any neighbours between them have.
+        order = sorted(rows, key=lambda index: self.rows[index].tolist())
+        common = [_common(self.rows[a], self.rows[b]) for a, b in itertools.pairwise(order)]
+        if order:
+            self._branch(order, common, depth, above)
 
     def _branch(self, order: list[int], common: list[int], depth: int, above: list[np.ndarray]) -> None:
         """Lay out rows (neighbours in lexical order, with ``depth`` tokens already laid out above)."""

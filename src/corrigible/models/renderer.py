@@ -17,11 +17,13 @@ nobody can end their own turn by typing ``<|im_end|>``.
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum, IntEnum
+from functools import cached_property
 from typing import Any, Literal
 
 from corrigible.errors import BadInputError
@@ -144,6 +146,15 @@ class Renderer:
         self._end_texts = tuple(tokenizer.convert_ids_to_tokens(list(self.end_of_turn_ids)))
 
     # -- what callers use ---------------------------------------------------------------------
+
+    @cached_property
+    def preamble(self) -> tuple[int, ...]:
+        """The ids that a conversation without a system message of its own begins with; may be empty."""
+        try:
+            pair = [self.prompt([{"role": "user", "content": text}]).ids for text in ("Question", "zq")]
+        except BadInputError:  # a template that wants something else first
+            return ()
+        return tuple(a for a, _ in itertools.takewhile(lambda ids: ids[0] == ids[1], zip(*pair, strict=False)))
 
     def prompt(
         self, messages: Sequence[MessageLike], tools: Sequence[Mapping[str, Any]] | None = None

@@ -70,14 +70,16 @@ class Scorer:
         self.policy = policy
         self.network = Network.of(policy, checkpoint_layers=checkpoint_layers)
         self.share = share and self.network is not None
+        # What the template begins every conversation with is computed once for all rows of a pass.
+        self.preamble = policy.renderer.preamble if self.share else ()
         # A short row must not be read with the frequencies of a long one beside it.
         self.one_by_one = self.network is None and positions_depend_on_length(policy)
 
     def size(self, rows: Rows) -> int:
-        """Tokens that these rows take in a forward pass of their own, padding included."""
+        """Tokens that these rows add to a forward pass, padding included."""
         if self.network is None:
             return len(rows) * max(row.scored[-1] if row.scored else len(row) for row in rows)
-        return packed_size(rows, share=self.share)
+        return packed_size(rows, share=self.share, preamble=self.preamble)
 
     def __call__(
         self, examples: Iterable[Rows], *, grad: bool = False, temperature: float = 1.0
@@ -236,14 +238,14 @@ class Scorer:
         device = self.policy.device
         if self.network is None:
             return self._plain(rows)
-        packed = pack(rows, share=self.share, groups=groups)
+        packed = pack(rows, share=self.share, groups=groups, preamble=self.preamble)
         states = self.network.hidden(packed).index_select(0, packed.read.to(device))
         return _Outputs(states, packed.targets.to(device), self.policy.network.get_output_embeddings())
 
     def _last_states(self, rows: Rows, groups: list[int]) -> Tensor:
         device = self.policy.device
         if self.network is not None:
-            packed = pack(rows, share=self.share, whole=True, groups=groups)
+            packed = pack(rows, share=self.share, whole=True, groups=groups, preamble=self.preamble)
             return self.network.hidden(packed).index_select(0, packed.last.to(device)).float()
         if self.one_by_one and len(rows) > 1:
             return torch.cat([self._last_states([row], [1]) for row in rows])
