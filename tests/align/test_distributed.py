@@ -612,6 +612,7 @@ def test_the_command_under_torchrun(tmp_path: Path) -> None:
         *(*torchrun, "--master-port", free_port(), "-m", "corrigible", "train", "dpo"),
         *("--data", str(tmp_path / "pairs.jsonl.gz"), "--out", str(tmp_path / "run"), "--json"),
         *("--model", "tiny-random", "--lora-rank", "4", "--steps", "2", "--batch-size", "4"),
+        *("--shard", "optimiser"),
     ]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("CORRIGIBLE_")}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
@@ -619,7 +620,7 @@ def test_the_command_under_torchrun(tmp_path: Path) -> None:
     said = json.loads(done.stdout)  # one process speaks
     assert [len(each) > 0 for each in said["imported"]] == [True]
     config = said["policy"]["config"]
-    assert config["steps"] == 2
+    assert config["steps"] == 2 and config["train"]["shard"] == "optimiser"
     kept = json.loads((tmp_path / "run" / "policy.json").read_text())
     assert kept["id"] == said["policy"]["id"]
     identity = json.loads(next((tmp_path / "run" / "checkpoints").glob("*/state.json")).read_text())

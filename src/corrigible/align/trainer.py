@@ -434,7 +434,7 @@ class Trainer:
         if config.moments == "float32":
             ways.append("keep the optimiser's moments in bfloat16 (--moments bfloat16)")
         if config.shard == "nothing" and self.world.size > 1:
-            ways.append("share out the optimiser's state (shard='optimiser')")
+            ways.append("share out the optimiser's state (--shard optimiser)")
         if not self.policy.has_adapter:
             ways.append("train an adapter (--lora-rank) instead of all weights")
         return memory_advice(what, f"{'; or '.join(ways)}. The last checkpoint is intact.")

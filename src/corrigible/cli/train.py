@@ -108,6 +108,11 @@ def dpo(
     moments: str = typer.Option(
         "float32", "--moments", help="Precision of the optimiser's moments: float32 or bfloat16."
     ),
+    shard: str = typer.Option(
+        "nothing",
+        "--shard",
+        help="What several processes (torchrun) share out: nothing, or the state of the optimiser.",
+    ),
     reuse_reference: bool = typer.Option(
         False,
         "--reuse-reference",
@@ -145,6 +150,7 @@ def dpo(
                     "micro_batch_tokens": micro_batch_tokens,
                     "gradient_checkpointing": gradient_checkpointing,
                     "moments": moments,
+                    "shard": shard,
                     "reuse_reference": reuse_reference,
                     "seed": seed,
                     "checkpoint_every": checkpoint_every,
