@@ -221,6 +221,20 @@ def test_steps_too_small_for_bf16_are_not_lost(
     assert 0.3 < float(kept.float().mean()) < 1.0
 
 
+def test_steps_rounded_at_random_are_no_alarm(
+    tmp_path: Path, make_policy: Callable, make_pairs: Callable
+) -> None:
+    """A step of a hundredth of bfloat16's resolution moves one weight in a hundred."""
+    policy = make_policy(lora=False, dtype="bfloat16")
+    source = PairSource(make_pairs(4), policy.renderer)
+    settings = {"lr": 1e-6, "schedule": "constant", "warmup": 0, "master_weights": "stochastic"}
+    trainer = trainer_of(policy, source, tmp_path, steps=4, batch_size=4, **settings)
+    start = {name: p.detach().clone() for name, p in trainer.parameters.items()}
+    trainer.train()
+    moved = torch.cat([(p != start[name]).flatten() for name, p in trainer.parameters.items()])
+    assert 0.0 < float(moved.float().mean()) < 0.1
+
+
 # -- the reference --------------------------------------------------------------------------------
 
 

@@ -150,6 +150,7 @@ def test_real_comparisons(tmp_path: Path, data_dir: Path, name: str, split: str)
         (["--beta", "0"], 3, "--beta"),
         (["--label-smoothing", "0.5"], 3, "--label-smoothing"),
         (["--split", "row"], 3, "row"),
+        (["--moments", "float64"], 3, "--moments"),
         (["--model", "no/such/folder"], 4, ""),
         (["--epochs", "many"], 2, ""),
     ],
@@ -161,6 +162,18 @@ def test_bad_options_have_a_message_and_a_code(
     result = invoke("--store", store, "--out", tmp_path / "run", *SMALL, *arguments)
     assert result.exit_code == code, result.output
     assert says in result.output and "Traceback" not in result.output
+
+
+def test_settings_that_save_memory_reach_the_trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CORRIGIBLE_CACHE", str(tmp_path / "cache"))
+    less = ["--micro-batch-tokens", "300", "--gradient-checkpointing", "--moments", "bfloat16"]
+    store = fill(tmp_path / "s.db")
+    result = invoke("--store", store, "--out", tmp_path / "run", *SMALL, *less, "--reuse-reference", "--json")
+    assert result.exit_code == 0, result.output
+    train = json.loads(result.stdout)["policy"]["config"]["train"]
+    assert (train["micro_batch_tokens"], train["gradient_checkpointing"]) == (300, True)
+    assert (train["moments"], train["reuse_reference"]) == ("bfloat16", True)
+    assert len(list((tmp_path / "cache" / "reference").iterdir())) == 1
 
 
 def test_missing_and_empty_input(tmp_path: Path) -> None:
