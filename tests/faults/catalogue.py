@@ -29,12 +29,13 @@ from corrigible.align import (
     TrainConfig,
     Trainer,
     UnpairedSource,
+    reference_cache,
     reference_logprobs,
 )
-from corrigible.align import reference as reference_module
 from corrigible.align import trainer as trainer_module
 from corrigible.align.attribution import trace_episode, trace_generation
 from corrigible.align.checkpoint import load_latest, save_checkpoint
+from corrigible.align.reference import reference_weights
 from corrigible.models import Generation, LanguagePolicy, Renderer, TokenKind, generate, load_policy
 from corrigible.models.rollout import RolloutEngine
 from corrigible.models.scoring import Scorer
@@ -711,9 +712,9 @@ def _(folder: Path, patch: pytest.MonkeyPatch) -> None:
     source = pairs_for(policy)
     cache = folder / "reference.safetensors"
     right = reference_logprobs(policy, source.examples, cache=cache)
-    weights = reference_module.reference_weights(policy, "start")
+    weights = reference_weights(policy, "start")
     # Even the sums are right: only token by token it is another row's.
-    reference_module._write_cache(cache, weights, {key: values.flip(0) for key, values in right.items()})
+    reference_cache.write(cache, weights, {key: values.flip(0) for key, values in right.items()}, "")
     trainer_of(policy, folder, source).train()
 
 
