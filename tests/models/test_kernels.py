@@ -10,7 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from corrigible.models.kernels import masked_attention, rms_norm, rotate, swiglu, tree_attention
+from corrigible.models import attention
+from corrigible.models.attention import masked_attention, tree_attention
+from corrigible.models.kernels import rms_norm, rotate, swiglu
 from corrigible.models.packing import Node
 
 Kernel = Callable[..., Tensor]
@@ -231,6 +233,13 @@ def attention_by_hand(
     return [out, grad_q, grad_k, grad_v]
 
 
+@pytest.fixture(params=[0, 5, 384], ids=["long", "both", "short"])
+def dense(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All branches by the fused kernel, those with more than 5 keys, or none."""
+    monkeypatch.setattr(attention, "DENSE", request.param)
+
+
+@pytest.mark.usefixtures("dense")
 @pytest.mark.parametrize("kernel", [tree_attention, masked_attention])
 @pytest.mark.parametrize("heads, key_heads", [(2, 2), (4, 2), (3, 1)])
 def test_attention_equals_its_equation(kernel: Kernel, heads: int, key_heads: int) -> None:
@@ -240,6 +249,7 @@ def test_attention_equals_its_equation(kernel: Kernel, heads: int, key_heads: in
     check(kernel, [q, k, v], grad, oracle, FOREST, 0.7)
 
 
+@pytest.mark.usefixtures("dense")
 def test_attention_that_is_very_sure_stays_exact() -> None:
     """Logits of hundreds: parts are joined by their log-sum-exp, never by their sums."""
     q, k, v, grad = normal(7, (14, 2, 4), (14, 2, 4), (14, 2, 4), (14, 2, 4))
@@ -292,10 +302,11 @@ def plain_rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_200_ragged_shapes_agree_with_torch(dtype: torch.dtype) -> None:
+def test_200_ragged_shapes_agree_with_torch(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     rng = random.Random(8)
     tolerance = TOLERANCE[dtype]
     for case in range(200):
+        monkeypatch.setattr(attention, "DENSE", (384, 30, 0)[case % 3])
         tokens, width = rng.randint(1, 40), rng.choice([1, 2, 5, 16, 33, 64])
         kernel, plain, inputs, rest = {
             0: (rms_norm, plain_norm, normal(case, (tokens, 1 + width), (1 + width,)), (1e-5,)),
@@ -335,3 +346,21 @@ def test_masked_attention_agrees_with_tree_attention_on_forests() -> None:
         assert close(
             run(masked_attention, inputs, weight, *rest), run(tree_attention, inputs, weight, *rest), 1e-9
         )
+
+
+@pytest.mark.parametrize("most", [384, 0])
+def test_a_branch_is_computed_alike_whatever_stands_beside_it(
+    most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the last bit, result and gradients: the reference pass packs otherwise than training does."""
+    monkeypatch.setattr(attention, "DENSE", most)
+    pair = [Node(0, 70, 150), Node(70, 101, 101), Node(101, 150, 150)]
+    q, k, v, grad = (x.bfloat16() for x in normal(11, (150, 9, 64), (150, 3, 64), (150, 3, 64), (150, 9, 64)))
+    alone = run(tree_attention, [q, k, v], grad, pair, 0.125)
+    for before in (1, 37, 384):
+        others = normal(12 + before, *[(before, *x.shape[1:]) for x in (q, k, v, grad)])
+        packed = [torch.cat([other.bfloat16(), x]) for other, x in zip(others, (q, k, v, grad), strict=True)]
+        moved = [Node(n.start + before, n.end + before, n.below + before) for n in pair]
+        nodes = [Node(0, before, before), *moved]
+        found = run(tree_attention, packed[:3], packed[3], nodes, 0.125)
+        assert all(torch.equal(a, b[before:]) for a, b in zip(alone, found, strict=True)), before

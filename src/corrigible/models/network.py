@@ -18,7 +18,8 @@ from torch.utils.checkpoint import checkpoint
 
 from corrigible.errors import BadInputError
 from corrigible.events import Message, emit
-from corrigible.models.kernels import rms_norm, rotate, swiglu, tree_attention
+from corrigible.models.attention import tree_attention
+from corrigible.models.kernels import rms_norm, rotate, swiglu
 from corrigible.models.packing import Node, Packed, pack
 from corrigible.models.renderer import Rendered
 

@@ -154,7 +154,9 @@ class Renderer:
             pair = [self.prompt([{"role": "user", "content": text}]).ids for text in ("Question", "zq")]
         except BadInputError:  # a template that wants something else first
             return ()
-        return tuple(a for a, _ in itertools.takewhile(lambda ids: ids[0] == ids[1], zip(*pair, strict=False)))
+        return tuple(
+            a for a, _ in itertools.takewhile(lambda ids: ids[0] == ids[1], zip(*pair, strict=False))
+        )
 
     def prompt(
         self, messages: Sequence[MessageLike], tools: Sequence[Mapping[str, Any]] | None = None
