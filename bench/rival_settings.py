@@ -45,10 +45,10 @@ class Setting:
 SETTINGS: dict[str, dict[str, Setting]] = {
     "default": {name: Setting() for name in ALGORITHMS},
     "fastest": {
-        "dpo": Setting(precompute_reference=True, gradient_checkpointing=False, micro_batch=2),
-        "reward": Setting(gradient_checkpointing=False, micro_batch=2),
-        "kto": Setting(precompute_reference=True, gradient_checkpointing=False),
-        "grpo": Setting(gradient_checkpointing=False),
+        "dpo": Setting(precompute_reference=True, gradient_checkpointing=False, micro_batch=1),
+        "reward": Setting(gradient_checkpointing=False, micro_batch=4),
+        "kto": Setting(precompute_reference=True, gradient_checkpointing=False, attention="eager"),
+        "grpo": Setting(gradient_checkpointing=False, micro_batch=2),
     },
 }
 

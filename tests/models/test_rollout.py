@@ -16,6 +16,7 @@ from torch import Tensor
 from corrigible.errors import BadInputError, NumericsError
 from corrigible.models import LanguagePolicy, generate, generate_reference, load_policy, token_logprobs
 from corrigible.models.decode import NetworkDecode
+from corrigible.models import decode as decode_module
 from corrigible.models.network import Network
 from corrigible.models.rollout import RolloutEngine
 from corrigible.models.rollout_decode import (
@@ -109,7 +110,12 @@ def test_slots_and_way_change_nothing(shared_policy: LanguagePolicy, way: Any) -
         assert max(model.widths) <= slots and not model.live, "and every slot is given back"
 
 
-def test_equals_the_reference_when_places_are_taken_over(shared_policy: LanguagePolicy) -> None:
+@pytest.mark.parametrize("share_from", [0, 4096])
+def test_equals_the_reference_when_places_are_taken_over(
+    shared_policy: LanguagePolicy, share_from: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With prompts that are held apart for all their answers, and with prompts that are copied."""
+    monkeypatch.setattr(decode_module, "SHARE_FROM", share_from)
     for generation in flat(generate(shared_policy, PROMPTS, n=3, sampling=UNEVEN, seed=5, batch_size=4)):
         expected = generate_reference(shared_policy, generation.prompt_ids, UNEVEN, generation.seed)
         assert generation.ids == expected.ids

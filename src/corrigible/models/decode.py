@@ -25,6 +25,10 @@ if TYPE_CHECKING:
 ROUND = 32
 """Lengths of caches are multiples of this."""
 
+SHARE_FROM = 4096
+"""Prompts are held apart, once for all their answers, if that saves every step the reading of as many
+tokens' keys and values; fewer are read sooner from a copy in each answer's row."""
+
 
 class FusedLinear:
     """Several linear layers of one input as one product, with their adapters.
@@ -97,15 +101,14 @@ class _Layer:
 class _Slot:
     """A running sequence: its row in the caches, and the tokens it has there.
 
-    A prompt that several sequences continue is held apart (``prompt`` is its number, ``before`` its
-    tokens); one that only this sequence continues stands in its own row, where it costs a step nothing.
+    A prompt that many sequences continue may be held apart (``prompt`` is its number, ``before`` its
+    tokens); else it stands at the beginning of the row.
     """
 
     row: int
     length: int = 0
     prompt: int | None = None
     before: int = 0
-    copied: int | None = None
 
 
 @dataclass(slots=True)
@@ -126,6 +129,8 @@ class NetworkDecode:
         policy: the model; :func:`Network.of` must accept it.
         network: its network.
     """
+
+    admit_together = 4  # reading a prompt alone takes most of the time of reading four
 
     def __init__(self, policy: LanguagePolicy, network: Network) -> None:
         self.policy, self.network = policy, network
@@ -177,17 +182,19 @@ class NetworkDecode:
         packed = pack(rows, whole=True)
         kept: list[tuple[Tensor, Tensor]] = []
         states = self.network.hidden(packed, keep=kept)
+        again = sum(len(prompt) * (len(members) - 1) for prompt, members in zip(prompts, slots, strict=True))
         single: list[tuple[int, Tensor]] = []
         for places, members in zip(packed.places, slots, strict=True):
-            if len(members) == 1:
-                self._seat(members[0], None, len(places))
-                single.append((members[0], places))
+            if len(members) == 1 or again < SHARE_FROM:
+                for slot in members:
+                    self._seat(slot, None, len(places))
+                    single.append((slot, places))
                 continue
             cache = torch.stack([torch.stack([x[places].transpose(0, 1) for x in pair]) for pair in kept])
             number = self._hold(cache)
             for slot in members:
                 self._seat(slot, number, 0)
-        self._grow()
+        self._fit()
         assert self.own is not None
         for slot, places in single:
             row = self.slots[slot].row
@@ -219,12 +226,11 @@ class NetworkDecode:
         if target == source:
             begun.length = 0 if begun.prompt is not None else length
             return
-        number = begun.prompt if begun.prompt is not None else begun.copied
-        if number not in self.prompts:
+        self._seat(target, begun.prompt, 0 if begun.prompt is not None else length)
+        self._fit()
+        if begun.prompt is None:
             assert self.own is not None
-            number = begun.copied = self._hold(self.own[:, :, begun.row, :, :length].clone())
-        self._seat(target, number, 0)
-        self._grow()
+            self.own[:, :, self.slots[target].row, :, :length] = self.own[:, :, begun.row, :, :length]
 
     @torch.inference_mode()
     def free(self, slot: int) -> None:
@@ -258,8 +264,7 @@ class NetworkDecode:
         place = torch.tensor([row.row for row in rows])
         ids = torch.empty(len(rows), dtype=torch.long)
         ids[place] = torch.as_tensor(tokens)
-        if max(row.length for row in rows) + 1 > self.capacity:
-            self._grow()
+        self._fit()
         if self.shared is None:
             self.shared = _Shared(self)
         logits = self._step(ids)
@@ -272,62 +277,60 @@ class NetworkDecode:
     def _step(self, ids: Tensor) -> Tensor:
         shared, network, own = self.shared, self.network, self.own
         assert shared is not None and own is not None
-        count = len(ids)
-        device = self.policy.device
+        count, heads, keys, size = len(ids), network.heads, network.key_heads, network.size
+        device, dtype = self.policy.device, self.policy.dtype
         lengths = torch.tensor([self.slots[slot].length for slot in self.order])
-        rows = torch.arange(count, device=device)
         x = network.embed(ids.to(device))
         cos, sin = network.angles((shared.before + lengths).to(device), x)
-        span = _rounded(int(lengths.max()) + 1)
-        hidden = torch.arange(span)[None] > lengths[:, None]
-        mask = torch.zeros(count, 1, 1, shared.width + span)
-        mask[..., : shared.width] = shared.mask
-        mask[..., shared.width :].masked_fill_(hidden[:, None, None], float("-inf"))
-        mask = mask.to(device)
-        lengths = lengths.to(device)
-        groups = network.heads // network.key_heads
-        widths = [network.heads * network.size] + [network.key_heads * network.size] * 2
+        mask = shared.mask_of(lengths, self.capacity, keys).to(device)
+        # Where the new keys and values go, of all (row, key head, place) in one line.
+        lines = torch.arange(count * keys).view(count, keys)
+        places = (lines * self.capacity + lengths[:, None]).flatten().to(device)
+        norm = _Norm(count, network.eps, x)
         for number, layer in enumerate(self.layers):
-            normed = _norm(x, layer.before, network.eps, self.policy.dtype)
-            q, k, v = layer.qkv(normed).split(widths, dim=-1)  # type: ignore[no-untyped-call]
-            q, k = q.view(count, -1, network.size), k.view(count, -1, network.size)
-            if layer.q_norm is not None and layer.k_norm is not None:
-                q = _norm(q, layer.q_norm, network.eps, q.dtype)
-                k = _norm(k, layer.k_norm, network.eps, k.dtype)
-            q, k = _rotated(q, cos, sin), _rotated(k, cos, sin)
-            keys, values = own[number, 0], own[number, 1]
-            keys[rows, :, lengths] = k
-            values[rows, :, lengths] = v.view(count, -1, network.size)
-            q = q.view(count, network.key_heads, groups, network.size)
-            attended = shared.attend(number, q, keys[:count, :, :span], values[:count, :, :span], mask)
-            x = x + layer.out(attended.view(count, -1))
-            normed = _norm(x, layer.after, network.eps, self.policy.dtype)
-            gate, up = layer.gate_up(normed).chunk(2, dim=-1)
-            x = x + layer.down(network.gated(gate, up))
-        return self.head(_norm(x, self.norm, network.eps, self.policy.dtype))
+            qkv = layer.qkv(norm(x, layer.before, dtype)).view(count, heads + 2 * keys, size)
+            q, k = qkv[:, :heads], qkv[:, heads : heads + keys]
+            if layer.q_norm is None or layer.k_norm is None:
+                q, k = _rotated(qkv[:, : heads + keys], cos, sin).split([heads, keys], dim=1)  # type: ignore[no-untyped-call]
+            else:
+                q = _rotated(_head_norm(q, layer.q_norm, network.eps), cos, sin)
+                k = _rotated(_head_norm(k, layer.k_norm, network.eps), cos, sin)
+            cached = own[number].flatten(1, 2)
+            for cache, new in zip(cached, (k, qkv[:, heads + keys :]), strict=True):
+                cache.view(-1, size)[places] = new.reshape(-1, size)
+            q = q.reshape(count * keys, heads // keys, size)
+            attended = shared.attend(number, q, *cached[:, : count * keys], mask)
+            x.add_(layer.out(attended.view(count, -1)))
+            gate, up = layer.gate_up(norm(x, layer.after, dtype)).chunk(2, dim=-1)
+            x.add_(layer.down(network.gated(gate, up)))
+        return self.head(norm(x, self.norm, dtype))
 
-    def _grow(self) -> None:
-        """Make room for every running sequence and one more token in each."""
+    def _fit(self) -> None:
+        """Lay the caches out for every running sequence and one more token in each, and little more.
+
+        The library would copy the keys of a stretch of a longer table before it multiplies by them.
+        """
         network = self.network
         longest = max((slot.length for slot in self.slots.values()), default=0)
-        rows = len(self.order)
-        if self.own is not None and self.own.shape[2] >= rows and self.capacity > longest:
+        rows, wanted = len(self.order), _rounded(longest + 1)
+        old = self.own
+        if old is not None and old.shape[2] >= rows and wanted <= self.capacity < wanted + 2 * ROUND:
             return
-        most = max(rows, 0 if self.own is None else self.own.shape[2])
-        capacity = max(self.capacity, _rounded(longest + 2 * ROUND))
-        new = torch.zeros(
+        most = max(rows, 0 if old is None else old.shape[2])
+        self.own = torch.zeros(
             len(self.layers),
             2,
             most,
             network.key_heads,
-            capacity,
+            wanted,
             network.size,
             dtype=self.policy.dtype,
             device=self.policy.device,
         )
-        if self.own is not None:
-            new[:, :, : self.own.shape[2], :, : self.capacity] = self.own
-        self.own, self.capacity = new, capacity
+        if old is not None:
+            kept = min(self.capacity, wanted)
+            self.own[:, :, : old.shape[2], :, :kept] = old[..., :kept, :]
+        self.capacity = wanted
 
 
 class _Shared:
@@ -345,12 +348,10 @@ class _Shared:
             if slot.prompt is not None:
                 members.setdefault(slot.prompt, []).append(row)
         self.before = torch.tensor([slot.before for slot in slots])
-        self.scale = network.scale
+        self.scale, self.heads = network.scale, network.key_heads
         self.lines, self.most = len(members), max(map(len, members.values()), default=0)
         self.width = _rounded(int(self.before.max())) if members else 0
-        self.mask = torch.zeros(len(slots), 1, 1, self.width)
-        beyond = torch.arange(self.width)[None] >= self.before[:, None]
-        self.mask.masked_fill_(beyond[:, None, None], float("-inf"))
+        self.hidden = torch.arange(self.width)[None] >= self.before[:, None]
         if not members:
             return
         shape = (len(decode.layers), 2, self.lines, network.key_heads, self.width, network.size)
@@ -367,72 +368,87 @@ class _Shared:
         self.cache = grouped.flatten(2, 3)
         self.grid, self.where = grid.view(-1).to(device), where.to(device)
         alone = self.before == 0
-        self.none = alone.to(device)[:, None, None, None] if bool(alone.any()) else None
+        alone = alone.repeat_interleave(self.heads).to(device)[:, None, None]
+        self.none = alone if bool(alone.any()) else None
+
+    def mask_of(self, lengths: Tensor, span: int, key_heads: int) -> Tensor:
+        """``(rows x key heads, 1, width + span)`` float32: what is added to a row's scores."""
+        hidden = torch.cat([self.hidden, torch.arange(span)[None] > lengths[:, None]], dim=1)
+        mask = torch.zeros(hidden.shape).masked_fill_(hidden, float("-inf"))
+        return mask.repeat_interleave(key_heads, dim=0)[:, None]
 
     def attend(self, layer: int, q: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
         """Attention of one new token a row over its shared prompt, if it has one, and its own tokens.
 
         Args:
-            q: ``(n, key heads, groups, size)``.
-            keys, values: ``(n, key heads, span, size)``, the rows' own.
-            mask: ``(n, 1, 1, width + span)`` float32, added to the scores.
+            q: ``(rows x key heads, groups, size)``.
+            keys, values: ``(rows x key heads, span, size)``, the rows' own.
+            mask: of :meth:`mask_of`.
 
         Returns:
-            ``(n, key heads, groups, size)``.
+            ``(rows x key heads, groups, size)``.
         """
-        count, heads, groups, size = q.shape
         q = q * self.scale
-        own = torch.bmm(
-            q.reshape(count * heads, groups, size), keys.reshape(count * heads, -1, size).transpose(1, 2)
-        ).view(count, heads, groups, -1)
+        scores = torch.empty(*q.shape[:2], mask.shape[-1], dtype=torch.float32, device=q.device)
+        torch.add(torch.bmm(q, keys.transpose(1, 2)), mask[..., self.width :], out=scores[..., self.width :])
         if self.lines:
-            both = torch.empty(count, heads, groups, mask.shape[-1], dtype=torch.float32, device=q.device)
-            both[..., self.width :] = own
-            both[..., : self.width] = self._prompt_scores(layer, q)
-            both.add_(mask)
-        else:
-            both = own + mask
-        weights = torch.softmax(both, dim=-1).to(q.dtype)
-        out = torch.bmm(
-            weights[..., self.width :].reshape(count * heads, groups, -1),
-            values.reshape(count * heads, -1, size),
-        ).view(count, heads, groups, size)
-        return out + self._prompt_values(layer, weights[..., : self.width]) if self.lines else out
+            scores[..., : self.width] = self._prompt_scores(layer, q)
+            scores[..., : self.width].add_(mask[..., : self.width])
+        weights = torch.softmax(scores, dim=-1).to(q.dtype)
+        out = torch.bmm(weights[..., self.width :], values)
+        return out.add_(self._prompt_values(layer, weights[..., : self.width])) if self.lines else out
 
     def _prompt_scores(self, layer: int, q: Tensor) -> Tensor:
-        scores = torch.bmm(self._spread(q), self.cache[layer, 0].transpose(1, 2))
-        return self._gathered(scores, q)
+        return self._gathered(torch.bmm(self._spread(q), self.cache[layer, 0].transpose(1, 2)), q)
 
     def _prompt_values(self, layer: int, weights: Tensor) -> Tensor:
         out = self._gathered(torch.bmm(self._spread(weights), self.cache[layer, 1]), weights)
         return out if self.none is None else out.masked_fill_(self.none, 0.0)
 
     def _spread(self, x: Tensor) -> Tensor:
-        """``(n, heads, groups, k)`` by row to ``(lines · heads, most · groups, k)`` by prompt."""
-        _, heads, groups, _ = x.shape
-        grid = x.index_select(0, self.grid).view(self.lines, self.most, heads, groups, -1)
-        return grid.transpose(1, 2).reshape(self.lines * heads, self.most * groups, -1)
+        """``(rows x heads, groups, k)`` by row to ``(lines x heads, most x groups, k)`` by prompt."""
+        _, groups, width = x.shape
+        grid = x.reshape(-1, self.heads, groups, width).index_select(0, self.grid)
+        grid = grid.view(self.lines, self.most, self.heads, groups, width).transpose(1, 2)
+        return grid.reshape(self.lines * self.heads, self.most * groups, width)
 
     def _gathered(self, grid: Tensor, like: Tensor) -> Tensor:
-        """The way back: ``(lines · heads, most · groups, k)`` to ``(n, heads, groups, k)``."""
-        _, heads, groups, _ = like.shape
-        rows = grid.view(self.lines, heads, self.most, groups, -1).transpose(1, 2)
-        return rows.reshape(self.lines * self.most, heads, groups, -1).index_select(0, self.where)
+        """The way back: ``(lines x heads, most x groups, k)`` to ``(rows x heads, groups, k)``."""
+        groups, width = like.shape[1], grid.shape[-1]
+        rows = grid.reshape(self.lines, self.heads, self.most, groups, width).transpose(1, 2)
+        rows = rows.reshape(self.lines * self.most, self.heads, groups, width).index_select(0, self.where)
+        return rows.view(-1, groups, width)
 
 
 def _rounded(length: int) -> int:
     return -(-length // ROUND) * ROUND
 
 
-def _norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+class _Norm:
+    """Root-mean-square norms of ``(rows, width)`` float32, in few operations and memory that is kept."""
+
+    def __init__(self, rows: int, eps: float, like: Tensor) -> None:
+        self.eps = like.new_full((rows, 1), eps)
+        self.width = like.shape[-1]
+
+    def __call__(self, x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        normed = x * torch.addcmul(self.eps, length, length, value=1.0 / self.width).rsqrt_()
+        if weight.dtype != dtype:
+            return normed.mul_(weight).to(dtype)
+        return normed.to(dtype).mul_(weight)
+
+
+def _head_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """The norm of each head, ``(rows, heads, size)``, rounded as :func:`rms_norm` rounds."""
     wide = x.float()
     scale = torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + eps)
-    if weight.dtype != dtype:
-        return (wide * scale).mul_(weight).to(dtype)
-    return (wide * scale).to(dtype) * weight
+    return (wide * scale).to(x.dtype).mul_(weight)
 
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     half = x.shape[-1] // 2
-    turned = torch.cat((-x[..., half:], x[..., :half]), dim=-1)
-    return torch.addcmul(x * cos, turned, sin)
+    out = x * cos
+    out[..., :half].addcmul_(x[..., half:], sin[..., :half], value=-1.0)
+    out[..., half:].addcmul_(x[..., :half], sin[..., half:])
+    return out

@@ -390,8 +390,9 @@ class RolloutEngine:
             logits = self._model.decode([s.slot for s in going], [s.ids[-1] for s in going])
             events += self._draw(run, going, logits)
         while run.waiting and run.free:
-            together = min(getattr(self._model, "admit_together", 1), len(run.waiting))
-            if run.running and len(run.free) < together:
+            together = min(getattr(self._model, "admit_together", 1), len(run.waiting), self.slots)
+            # What is held somewhere need not be read, so there is nothing to wait for.
+            if run.running and len(run.free) < together and run.waiting[0].prefix not in run.after:
                 break
             new = [run.waiting.popleft() for _ in range(min(len(run.free), len(run.waiting)))]
             events += self._draw(run, new, self._admit(run, new))
