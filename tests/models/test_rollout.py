@@ -15,8 +15,8 @@ from torch import Tensor
 
 from corrigible.errors import BadInputError, NumericsError
 from corrigible.models import LanguagePolicy, generate, generate_reference, load_policy, token_logprobs
-from corrigible.models.decode import NetworkDecode
 from corrigible.models import decode as decode_module
+from corrigible.models.decode import NetworkDecode
 from corrigible.models.network import Network
 from corrigible.models.rollout import RolloutEngine
 from corrigible.models.rollout_decode import (

@@ -299,7 +299,8 @@ class NetworkDecode:
             for cache, new in zip(cached, (k, qkv[:, heads + keys :]), strict=True):
                 cache.view(-1, size)[places] = new.reshape(-1, size)
             q = q.reshape(count * keys, heads // keys, size)
-            attended = shared.attend(number, q, *cached[:, : count * keys], mask)
+            old_keys, old_values = cached[:, : count * keys]
+            attended = shared.attend(number, q, old_keys, old_values, mask)
             x.add_(layer.out(attended.view(count, -1)))
             gate, up = layer.gate_up(norm(x, layer.after, dtype)).chunk(2, dim=-1)
             x.add_(layer.down(network.gated(gate, up)))
