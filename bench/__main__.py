@@ -107,6 +107,15 @@ BENCHMARKS = (
         ("-m", "bench.roofline", "--quick"),
         compares=True,
     ),
+    Benchmark(
+        "memory",
+        "Peak memory of a DPO update of all weights against the packed tokens of a step, and its growth over "
+        "500 steps.",
+        "peak_at_the_end_over_an_early_one",
+        ("-m", "bench.memory"),
+        ("-m", "bench.memory", "--quick"),
+        compares=True,
+    ),
     *(
         Benchmark(
             f"generate/{case}",

@@ -80,6 +80,7 @@ CANDIDATES: dict[str, tuple[tuple[str, ...], ...]] = {
         PLAIN,
         (*PLAIN, "micro_batch=8"),
         (*PLAIN, "micro_batch=4"),
+        (*PLAIN, "micro_batch=2"),
         (*PLAIN, "attention=eager"),
         (*PLAIN, "compile=true"),
         (*PLAIN, *BFLOAT16),

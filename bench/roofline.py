@@ -47,6 +47,11 @@ def products(policy: LanguagePolicy, packed: Packed) -> dict[str, float]:
     }
 
 
+def as_trained(policy: LanguagePolicy, rows: list[Any]) -> Packed:
+    """The pack that the trainer makes of pairs: a pair shares its prompt, all the template's preamble."""
+    return pack(rows, groups=[2] * (len(rows) // 2), preamble=policy.renderer.preamble)
+
+
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(
@@ -64,10 +69,10 @@ def main() -> None:
     budget = 256 if options.quick else options.tokens
     for group in groups:
         pair = _pair(group)
-        if len(pack([*rows, *pair.rows])) <= budget:
+        if len(as_trained(policy, [*rows, *pair.rows])) <= budget:
             rows += pair.rows
             chosen.append(pair)
-    packed = pack(rows)
+    packed = as_trained(policy, rows)
     source = GivenExamples("pairs", [chosen] * (options.runs + 2))
     with tempfile.TemporaryDirectory() as folder:
         config = TrainConfig(
