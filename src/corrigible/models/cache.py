@@ -12,14 +12,12 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 class RoomyLayer(DynamicLayer):  # type: ignore[misc,unused-ignore]
     """A cache layer that writes new entries in place.
 
-    transformers' own layer copies all its keys and values for every token; this one keeps unused
-    positions behind them, ``room`` at first and more with its length, and copies only when rows are
-    taken, or when the room is used up.
+    transformers' own layer copies all its keys and values for every token; this one, once it grows, keeps
+    half as many unused positions behind them, and copies only when rows are taken, or when those are used up.
     """
 
-    def __init__(self, room: int) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.room = room
         self.length = 0
         self._keys: Any = None
         self._values: Any = None
@@ -32,7 +30,7 @@ class RoomyLayer(DynamicLayer):  # type: ignore[misc,unused-ignore]
             self.lazy_initialization(key_states, value_states)
         end = self.length + key_states.shape[-2]
         if self._keys is None or end > self._keys.shape[-2]:
-            room = self.room if self._keys is None else max(self.room, end // 2)
+            room = 0 if self._keys is None else end // 2
             self._keys = self._grown(self._keys, key_states, end + room)
             self._values = self._grown(self._values, value_states, end + room)
         self._keys[:, :, self.length : end] = key_states
@@ -64,7 +62,7 @@ class RoomyLayer(DynamicLayer):  # type: ignore[misc,unused-ignore]
         self.values = self._values[:, :, : self.length]
 
 
-def new_cache(config: Any, room: int) -> Any:
+def new_cache(config: Any) -> Any:
     """An empty cache for a model with this config.
 
     Plain full attention gets :class:`RoomyLayer`; anything else (sliding windows, state spaces) the
@@ -73,7 +71,7 @@ def new_cache(config: Any, room: int) -> Any:
     text = config.get_text_config(decoder=True)
     kinds = set(getattr(text, "layer_types", None) or ["full_attention"])
     if kinds == {"full_attention"} and not getattr(text, "sliding_window", None):
-        return Cache(layers=[RoomyLayer(room) for _ in range(text.num_hidden_layers)])
+        return Cache(layers=[RoomyLayer() for _ in range(text.num_hidden_layers)])
     return DynamicCache(config=config)
 
 

@@ -90,7 +90,7 @@ class SlotTable:
 
     def _prefill(self, prompts: list[Sequence[int]], slots: list[list[int]]) -> Tensor:
         ids, mask, positions = _padded(prompts, self._policy.device)
-        cache = new_cache(self._policy.network.config, room=0)
+        cache = new_cache(self._policy.network.config)
         logits = _forward(self._policy, ids, mask, positions, cache)
         for i, (prompt, targets) in enumerate(zip(prompts, slots, strict=True)):
             rows = [self._row_of(slot) for slot in targets]
@@ -167,7 +167,7 @@ class Cohorts:
     def _prefill(self, prompts: list[Sequence[int]], slots: list[list[int]]) -> Tensor:
         device = self._policy.device
         ids, mask, positions = _padded(prompts, device)
-        cache = new_cache(self._policy.network.config, room=0)
+        cache = new_cache(self._policy.network.config)
         logits = _forward(self._policy, ids, mask, positions, cache)
         spread = torch.tensor([i for i, t in enumerate(slots) for _ in t], device=device)
         cache.batch_select_indices(spread)
