@@ -100,7 +100,7 @@ def dpo(
         "auto", "--split", help="What must not be on both sides: auto, prompt, topic or item. Never rows."
     ),
     micro_batch_tokens: int = typer.Option(
-        512, "--micro-batch-tokens", min=1, help="Most tokens in one forward pass; bounds memory."
+        1024, "--micro-batch-tokens", min=1, help="Most tokens in one forward pass; bounds memory."
     ),
     gradient_checkpointing: bool = typer.Option(
         False, "--gradient-checkpointing", help="Less memory in a pass, for a third more time."
