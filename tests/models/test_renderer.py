@@ -365,3 +365,14 @@ def test_no_template_says_what_to_do() -> None:
     with pytest.raises(BadInputError, match="chatml"):
         Renderer(tokenizer)
     assert Renderer(tokenizer, "chatml").template == CHATML
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_the_preamble_is_what_conversations_without_a_system_message_begin_with(template: str) -> None:
+    renderer = renderer_for(template, "bytes")
+    for text in ("Hello", "zebra", "Quit", "42"):
+        ids = renderer.prompt([{"role": "user", "content": text}]).ids
+        assert ids[: len(renderer.preamble)] == renderer.preamble
+    # It is all of it: the next token already is the user's.
+    first, second = (renderer.prompt([{"role": "user", "content": text}]).ids for text in ("abc", "xyz"))
+    assert first[len(renderer.preamble)] != second[len(renderer.preamble)]

@@ -62,11 +62,11 @@ class Counting:
     def __init__(self, policy: LanguagePolicy, slots: int, way: Any = SlotTable) -> None:
         network = Network.of(policy) if way is NetworkDecode else None
         self.inner: Any = (
-            NetworkDecode(policy, network) if network else TransformersDecode(policy, slots, way)
+            NetworkDecode(policy, network, slots) if network else TransformersDecode(policy, slots, way)
         )
         self.admit_together = getattr(self.inner, "admit_together", 1)
         self.live: set[int] = set()
-        self.read = 0
+        self.beside: list[int] = []  # sequences going on at each reading
         self.reads: list[tuple[int, ...]] = []
         self.forks = 0
         self.widths: list[int] = []
@@ -78,6 +78,7 @@ class Counting:
     def prefill(self, prompts: list[Sequence[int]], slots: list[list[int]]) -> Tensor:
         new = [slot for targets in slots for slot in targets]
         assert len(new) == len(set(new)) and not self.live & {*new}, "only into empty slots"
+        self.beside.append(len(self.live))
         self.live.update(new)
         self.reads.extend(tuple(prompt) for prompt in prompts)
         return self.inner.prefill(prompts, slots)
@@ -123,8 +124,9 @@ def test_equals_the_reference_when_places_are_taken_over(
         np.testing.assert_allclose(generation.logprobs, expected.logprobs, atol=1e-4)
 
 
-def test_a_finished_sequence_makes_room_at_once(shared_policy: LanguagePolicy) -> None:
-    model = Counting(shared_policy, 4)
+@pytest.mark.parametrize("way", [SlotTable, NetworkDecode])
+def test_a_finished_sequence_makes_room_at_once(shared_policy: LanguagePolicy, way: Any) -> None:
+    model = Counting(shared_policy, 4, way)
     answers = RolloutEngine(shared_policy, slots=4, decode=model).generate(PROMPTS, n=6, sampling=UNEVEN)
     still_to_read = sum(len(g.ids) - 1 for g in flat(answers))
     assert sum(model.widths) == still_to_read, "no step for a sequence that has ended"
@@ -133,6 +135,27 @@ def test_a_finished_sequence_makes_room_at_once(shared_policy: LanguagePolicy) -
     # Waiting for whole batches would take the longest of each four.
     lengths = sorted((len(g.ids) for g in flat(answers)), reverse=True)
     assert len(model.widths) < sum(lengths[::4])
+
+
+def test_answers_to_one_prompt_are_read_together_where_nothing_can_be_copied(
+    shared_policy: LanguagePolicy,
+) -> None:
+    """A cohort is a forward pass a step, so one is not begun for every slot that falls free."""
+    model = Counting(shared_policy, 8, Cohorts)
+    assert model.admit_together == 4
+    RolloutEngine(shared_policy, slots=8, decode=model).generate(PROMPTS[:1], n=24, sampling=UNEVEN)
+    assert len(model.reads) <= 1 + 16 // 4
+
+
+def test_with_many_slots_prompts_are_read_a_few_together(shared_policy: LanguagePolicy) -> None:
+    prompts = [[{"role": "user", "content": f"Question {n}"}] for n in range(48)]
+    model = Counting(shared_policy, 16, NetworkDecode)
+    assert model.admit_together == 2
+    engine = RolloutEngine(shared_policy, slots=16, decode=model)
+    answers = engine.generate(prompts, n=1, sampling=UNEVEN)
+    assert all(group[0].ids for group in answers) and len(model.reads) == 48
+    assert len(model.beside) <= 1 + 32 // 2
+    assert min(model.beside[1:]) > 8, "and not only when all others have ended"
 
 
 @pytest.mark.parametrize("way", [SlotTable, NetworkDecode])

@@ -157,6 +157,30 @@ def test_in_bfloat16_the_scores_are_near_those_in_float32(shared_policy: Languag
     assert 0 < float(difference.mean()) < 0.06 and float(difference.max()) < 0.4
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_every_conversation_begins_with_is_shared_and_changes_nothing(dtype: str) -> None:
+    """In bfloat16 not one bit: the reference pass and training put different examples side by side."""
+    from corrigible.models.renderer import CHATML
+
+    template = "{{ '<|im_start|>system\nYou are the helper of this test.<|im_end|>\n' }}" + CHATML
+    policy = load_policy("tiny-random", dtype=dtype, device="cpu", template=template)
+    scorer = Scorer(policy)
+    prompts = [
+        policy.renderer.prompt([{"role": "user", "content": text}]).ids for text in ("One?", "And two?")
+    ]
+    assert len(scorer.preamble) >= 16
+    assert all(prompt[: len(scorer.preamble)] == scorer.preamble for prompt in prompts)
+    pairs = [[Rendered.from_tokens(prompt, tail) for tail in ([5, 6, 2], [7, 2])] for prompt in prompts]
+    other = [Rendered.from_tokens([1, 20, 30, 40], [5, 2])]
+    together = scorer([pairs[0], other, pairs[1]])
+    alone = [row for example in (pairs[0], other, pairs[1]) for row in scorer([example])]
+    apart = [row for example in (pairs[0], other, pairs[1]) for row in Scorer(policy, share=False)([example])]
+    assert scorer.size(pairs[0]) < Scorer(policy, share=False).size(pairs[0]) - len(scorer.preamble)
+    for a, b, c in zip(together, alone, apart, strict=True):
+        assert torch.equal(a, b) if dtype == "bfloat16" else torch.allclose(a, b, atol=1e-5)
+        torch.testing.assert_close(a, c, atol=0.1 if dtype == "bfloat16" else 1e-5, rtol=0)
+
+
 # -- whole distributions ----------------------------------------------------------------------------
 
 

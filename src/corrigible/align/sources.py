@@ -8,6 +8,7 @@ seconds and not at step 900. Which examples form step ``k`` is a pure function o
 from __future__ import annotations
 
 import hashlib
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -85,7 +86,7 @@ class Listed(Example, Protocol):
     def derived_from(self) -> tuple[str, ...]: ...
 
 
-class ListSource(Generic[Made]):
+class ListSource(ABC, Generic[Made]):
     """A source whose examples are all there before the first step, in an order that the seed decides.
 
     Attributes:
@@ -125,9 +126,9 @@ class ListSource(Generic[Made]):
         """What besides the examples decides the batches."""
         return (self.seed,)
 
+    @abstractmethod
     def worth(self, example: Made) -> tuple[object, ...]:
         """What besides its rows decides what is learnt from an example."""
-        raise NotImplementedError
 
     def derived_from(self) -> list[str]:
         """Ids of all feedback records behind the examples, sorted."""

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from corrigible.models.kernels import wide
 from corrigible.models.packing import Node
 
 DENSE = 384
@@ -113,7 +114,7 @@ class _TreeAttention(torch.autograd.Function):
                 torch.bmm(branch.weights(), branch.values, out=branch.of(found))
             _rows(out)[plan.asked] = found.to(q.dtype)
         if plan.long:
-            wide_q, wide_k, wide_v = (_heads(_wide(x)) for x in (q, k, v))
+            wide_q, wide_k, wide_v = (_heads(wide(x)) for x in (q, k, v))
             lse = wide_q.new_empty(wide_q.shape[:2])
             for one in plan.long:
                 own = slice(one.start, one.end)
@@ -134,7 +135,7 @@ class _TreeAttention(torch.autograd.Function):
         q, k, v, out, lse = ctx.saved_tensors
         plan, scale = ctx.plan, ctx.scale
         grad_q = torch.empty_like(q)
-        grad_k, grad_v = (torch.zeros_like(_wide(x)) for x in (k, v))
+        grad_k, grad_v = (torch.zeros_like(wide(x)) for x in (k, v))
         into_k, into_v = _heads(grad_k), _heads(grad_v)
         if plan.short:
             work = _Short(plan, q, k, v, scale)
@@ -148,18 +149,18 @@ class _TreeAttention(torch.autograd.Function):
                 branch.add(into_k, torch.bmm(slope.transpose(1, 2), branch.queries))
             _rows(grad_q)[plan.asked] = found.mul_(scale).to(q.dtype)
         if plan.long:
-            wide = [_heads(_wide(x)) for x in (q, k, v, out, grad.contiguous())]
+            every = [_heads(wide(x)) for x in (q, k, v, out, grad.contiguous())]
             for one in plan.long:
                 own = slice(one.start, one.end)
-                mine = torch.zeros_like(wide[0][:, own])
+                mine = torch.zeros_like(every[0][:, own])
                 for start, end in one.spans:
                     there = slice(start, end)
                     parts = flash_backward(
-                        wide[4][None, :, own],
-                        wide[0][None, :, own],
-                        wide[1][None, :, there],
-                        wide[2][None, :, there],
-                        wide[3][None, :, own],
+                        every[4][None, :, own],
+                        every[0][None, :, own],
+                        every[1][None, :, there],
+                        every[2][None, :, there],
+                        every[3][None, :, own],
                         lse[None, :, own],
                         0.0,
                         start == one.start,
@@ -179,13 +180,13 @@ class _Short:
         self.plan = plan
         self.key_heads, self.group = k.shape[1], q.shape[1] // k.shape[1]
         self.q = self.gathered(q).mul(scale)
-        self.k, self.v = (_wide(_rows(x).index_select(0, plan.seen)) for x in (k, v))
+        self.k, self.v = (wide(_rows(x).index_select(0, plan.seen)) for x in (k, v))
         self.mask = plan.mask.to(self.q)
         self.room = self.q.new_empty(2, plan.largest)
 
     def gathered(self, x: Tensor) -> Tensor:
         """``(tokens, heads, size)`` in the order of the queries, ``(all their rows, size)``."""
-        return _wide(_rows(x).index_select(0, self.plan.asked))
+        return wide(_rows(x).index_select(0, self.plan.asked))
 
     def __iter__(self) -> Iterator[_ShortBranch]:
         asked = seen = 0
@@ -224,10 +225,6 @@ class _ShortBranch:
         for start, end in self.branch.spans:
             into[:, start:end] += part[:, place : place + end - start]
             place += end - start
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
 
 
 def _rows(x: Tensor) -> Tensor:

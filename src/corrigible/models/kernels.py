@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 
-def _wide(x: Tensor) -> Tensor:
+def wide(x: Tensor) -> Tensor:
+    """In the type that sums run in: float32, or float64 where ``x`` is that."""
     return x if x.dtype == torch.float64 else x.float()
 
 
@@ -22,8 +23,7 @@ class _RmsNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
         scale = (
-            torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=_wide(x[:0]).dtype).square_()
-            / x.shape[-1]
+            torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide(x[:0]).dtype).square_() / x.shape[-1]
         )
         scale = scale.add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, scale)
@@ -39,7 +39,7 @@ class _RmsNorm(torch.autograd.Function):
         grad_weight = None
         if ctx.needs_input_grad[1]:
             grad_weight = (grad * normed).view(-1, len(weight)).sum(dim=0).to(weight.dtype)
-        inner = _wide(grad) * weight
+        inner = wide(grad) * weight
         along = (inner * normed).mean(dim=-1, keepdim=True)
         return inner.sub_(normed.mul_(along)).mul_(scale).to(x.dtype), grad_weight, None, None
 
@@ -108,5 +108,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         x: ``(tokens, heads, size)``.
         cos, sin: ``(tokens, 1, size)``, both halves of the last axis equal.
     """
+    if not torch.is_grad_enabled():
+        return _turned(x, cos, sin)
     result: Tensor = _Rotate.apply(x, cos, sin)  # type: ignore[no-untyped-call]
     return result

@@ -390,9 +390,10 @@ class RolloutEngine:
             logits = self._model.decode([s.slot for s in going], [s.ids[-1] for s in going])
             events += self._draw(run, going, logits)
         while run.waiting and run.free:
-            together = min(getattr(self._model, "admit_together", 1), len(run.waiting), self.slots)
-            # What is held somewhere need not be read, so there is nothing to wait for.
-            if run.running and len(run.free) < together and run.waiting[0].prefix not in run.after:
+            together = min(getattr(self._model, "admit_together", 1), len(run.waiting))
+            # What can be copied need not be read, so there is nothing to wait for.
+            copied = isinstance(self._model, ForkingModel) and run.waiting[0].prefix in run.holds.values()
+            if run.running and len(run.free) < together and not copied:
                 break
             new = [run.waiting.popleft() for _ in range(min(len(run.free), len(run.waiting)))]
             events += self._draw(run, new, self._admit(run, new))
@@ -535,7 +536,7 @@ class RolloutEngine:
 def decode_model(policy: LanguagePolicy, slots: int) -> DecodeModel:
     """The fastest model that is right for the policy: the own network, else transformers' modules."""
     network = Network.of(policy)
-    return TransformersDecode(policy, slots) if network is None else NetworkDecode(policy, network)
+    return TransformersDecode(policy, slots) if network is None else NetworkDecode(policy, network, slots)
 
 
 def _resume(sequences: list[_Sequence], partials: Sequence[Partial], sampling: Sampling) -> None:
