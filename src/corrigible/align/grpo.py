@@ -251,6 +251,8 @@ def measure(batch: ScoredExamples[GroupExample], config: GRPOConfig) -> BatchTot
 @algorithm(
     "grpo",
     source="groups",
+    signal="groups",
+    family="online",
     weight="group advantage",
     config=GRPOConfig,
     learns_from={"outcome"},

@@ -194,6 +194,7 @@ def measure(batch: ScoredExamples[UnpairedExample], config: KTOConfig) -> Refere
 @algorithm(
     "kto",
     source="unpaired",
+    signal="labelled",
     weight="judgement",
     config=KTOConfig,
     learns_from={"reaction", "rating", "comparison", "ranking", "edit"},

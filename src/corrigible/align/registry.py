@@ -17,18 +17,19 @@ counts are such measures.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, Literal, Protocol, TypeVar
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from corrigible.align.losses import LossOutput, dpo_loss
-from corrigible.align.sources import Example, PairExample
+from corrigible.align.sources import Example, PairExample, Source
 from corrigible.errors import BadInputError
-from corrigible.models import Rendered
+from corrigible.models import Rendered, Renderer
+from corrigible.records import Episode
 
 E = TypeVar("E", bound=Example)
 C = TypeVar("C", bound="AlgorithmConfig")
@@ -101,6 +102,23 @@ class Probes(Protocol):
     def __call__(self, examples: Sequence[Any], /) -> Sequence[Rendered]: ...
 
 
+class MakeSource(Protocol):
+    """From signals (:mod:`corrigible.store.signals`) to the source of one algorithm's examples."""
+
+    def __call__(
+        self,
+        signals: Sequence[Any],
+        renderer: Renderer,
+        config: Any,
+        /,
+        *,
+        max_length: int,
+        seed: int,
+        invalid: Literal["raise", "skip"],
+        episodes: Mapping[str, Episode],
+    ) -> Source: ...
+
+
 class Measure(Protocol):
     """What micro-batches must know of the whole batch.
 
@@ -129,6 +147,11 @@ class Algorithm:
         doc: what it does and when to choose it.
         probes: further rows to score without gradient before every batch, if any.
         measure: what its micro-batches must know of the whole batch, if anything.
+        signal: the shape of feedback that its source is made of (a key of
+            :data:`corrigible.store.conversions.SIGNALS`).
+        make_source: its source from such signals; ``None`` when it is the usual one of that kind.
+        family: which table and which page it stands on (``"contrast"``, ``"tokens"``, ``"online"``).
+        claim: id of the claim that tests its paper's headline (``"S188"``); empty when there is none.
     """
 
     name: str
@@ -142,6 +165,10 @@ class Algorithm:
     doc: str
     probes: Probes | None = None
     measure: Measure | None = None
+    signal: str = "pairs"
+    make_source: MakeSource | None = None
+    family: str = "contrast"
+    claim: str = ""
 
 
 ALGORITHMS: dict[str, Algorithm] = {}
@@ -159,6 +186,10 @@ def algorithm(
     needs_reference: bool = True,
     probes: Probes | None = None,
     measure: Measure | None = None,
+    signal: str = "pairs",
+    make_source: MakeSource | None = None,
+    family: str = "contrast",
+    claim: str = "",
 ) -> Callable[[Objective], Objective]:
     """Register the decorated objective under ``name``; its docstring becomes the entry's ``doc``.
 
@@ -186,6 +217,10 @@ def algorithm(
             doc=doc,
             probes=probes,
             measure=measure,
+            signal=signal,
+            make_source=make_source,
+            family=family,
+            claim=claim,
         )
         return objective
 

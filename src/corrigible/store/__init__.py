@@ -7,7 +7,8 @@
   Alembic's (``migrations/``) and are run when a store is opened (``database.py``).
 - :class:`Blobs` keeps files by content hash (``blobs.py``).
 - :func:`load_pairs` turns judgements into preference pairs with their texts (``pairs.py``),
-  :func:`load_labelled` into single responses that were found good or bad (``labelled.py``).
+  :func:`load_labelled` into single responses that were found good or bad (``labelled.py``). The other shapes
+  that algorithms learn from are in ``signals.py``.
 - ``formats/`` brings other people's files in and takes ours out.
 
     >>> from corrigible.records import Annotator, comparison
@@ -27,17 +28,23 @@ from corrigible.store.blobs import Blobs
 from corrigible.store.labelled import Labelled, labelled_from_pairs, load_labelled
 from corrigible.store.pairs import Pair, load_pairs
 from corrigible.store.queries import Change, FeedbackFilter
+from corrigible.store.signals import Attempt, Attempts, Critiqued, Demonstrated, Ranked
 from corrigible.store.store import PolicyEvent, Store
 from corrigible.store.transaction import Added, Transaction
 
 __all__ = [
     "Added",
+    "Attempt",
+    "Attempts",
     "Blobs",
     "Change",
+    "Critiqued",
+    "Demonstrated",
     "FeedbackFilter",
     "Labelled",
     "Pair",
     "PolicyEvent",
+    "Ranked",
     "Store",
     "Transaction",
     "labelled_from_pairs",
