@@ -81,13 +81,22 @@ BENCHMARKS = (
     ),
     _update(
         "sweep",
-        "The same for GRPO on made-up batches of 16 rows of 256 tokens, by the share of a row that is its "
+        "The same for GRPO on made-up batches of 16 rows of 128 tokens, by the share of a row that is its "
         "prompt and the rows that have it in common.",
         "--sweep",
         "--setting",
         "fastest",
         "--steps",
-        "3",
+        "1",
+    ),
+    Benchmark(
+        "update/losses",
+        "Largest difference between the losses of the two sides over 50 steps in float32, real pairs, all "
+        "weights, a learning rate at which the loss moves.",
+        "largest_difference",
+        ("-m", "bench.update", "--losses", "--setting", "fastest", "--steps", "50", "--lr", "1e-5"),
+        ("-m", "bench.update", "--losses", "--setting", "fastest", "--quick"),
+        compares=True,
     ),
     Benchmark(
         "head",
