@@ -324,7 +324,7 @@ def claims_page() -> str:
     ]
     lines += ["| claim | hypothesis | paper | seeds |", "|---|---|---|---|"]
     lines += [
-        f"| `{entry.name}` | {cell(entry.hypothesis)} | {cell(entry.paper)} | {len(entry.seeds)} |"
+        f"| `{entry.id}` | {cell(entry.hypothesis)} | {cell(entry.paper)} | {len(entry.seeds)} |"
         for entry in load_claims().values()
     ]
     return "\n".join(lines) + "\n"

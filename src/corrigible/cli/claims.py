@@ -24,18 +24,18 @@ def register(app: typer.Typer) -> None:
             print_json(
                 {
                     "claims": [
-                        {"name": c.name, "hypothesis": c.hypothesis, "paper": c.paper, "seeds": c.seeds}
+                        {"id": c.id, "hypothesis": c.hypothesis, "paper": c.paper, "seeds": c.seeds}
                         for c in claims.values()
                     ]
                 }
             )
             return
         for each in claims.values():
-            console.print(f"[bold]{escape(each.name)}[/]  {escape(each.hypothesis)}")
+            console.print(f"[bold]{escape(each.id)}[/]  {escape(each.hypothesis)}")
             console.print(f"    [dim]{escape(each.paper)}; {len(each.seeds)} seeds[/]")
 
     @group.command(
-        "run", epilog=examples("corrigible claims run dpo-optimum", "corrigible claims run --json")
+        "run", epilog=examples("corrigible claims run S188", "corrigible claims run --json")
     )
     def run(
         names: list[str] = typer.Argument(

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from corrigible.align.losses import dpo_loss
-from corrigible.claims.framework import claim
+from corrigible.claims.framework import Effect, claim
 
 ANSWERS = 6
 BETA = 0.5
@@ -70,13 +70,21 @@ def _share_of_distance_closed(seed: int, *, votes_are_coins: bool) -> float:
 
 
 @claim(
-    "dpo-optimum",
+    "S188",
+    title="DPO reaches the optimum it never sees",
+    paper="Rafailov et al. 2023, Direct Preference Optimization, eq. 4 and 7 (arXiv:2305.18290)",
     hypothesis="From votes alone, DPO closes more than 90 % of the KL distance between the reference and "
     "the optimum of the KL-constrained reward.",
-    paper="Rafailov et al. 2023, Direct Preference Optimization, eq. 4 and 7 (arXiv:2305.18290)",
-    control=lambda seed: _share_of_distance_closed(seed, votes_are_coins=True),
-    threshold=0.9,
+    effect=Effect("share of the distance closed", of=lambda v: v["votes"], above=0.9),
+    controls=[Effect("the same when votes are coin flips", of=lambda v: v["coins"], above=0.9)],
+    seeds=range(8),
+    budget=30,
+    fast=True,
+    aliases=["dpo-optimum"],
 )
-def dpo_reaches_the_optimum(seed: int) -> float:
+def s188(seed: int) -> dict[str, float]:
     """Share of the KL distance closed with votes that follow the reward; the control's are coin flips."""
-    return _share_of_distance_closed(seed, votes_are_coins=False)
+    return {
+        "votes": _share_of_distance_closed(seed, votes_are_coins=False),
+        "coins": _share_of_distance_closed(seed, votes_are_coins=True),
+    }
