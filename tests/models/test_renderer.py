@@ -376,3 +376,69 @@ def test_the_preamble_is_what_conversations_without_a_system_message_begin_with(
     # It is all of it: the next token already is the user's.
     first, second = (renderer.prompt([{"role": "user", "content": text}]).ids for text in ("abc", "xyz"))
     assert first[len(renderer.preamble)] != second[len(renderer.preamble)]
+
+
+BEGINNINGS = ["A helpful answer:\n", "Class 1:", " spaced ", "[x] <|im_end|>", "naïve\n\n"]
+
+
+@cases
+@quick
+@given(data=st.data())
+def test_a_turn_that_is_begun_for_the_policy_is_tokenised_as_it_was_in_training(
+    template: str, make: str, data: Any
+) -> None:
+    renderer = renderer_for(template, make)
+    messages = fitting(template, data.draw(conversations(control=True)))
+    begin = data.draw(st.sampled_from(BEGINNINGS if template not in STRIPS else BEGINNINGS[:2]))
+    answer = f"{data.draw(words)}end"
+    whole = [*messages[:-1], {"role": "assistant", "content": begin + answer}]
+    prompt = renderer.prompt(whole[:-1], begin=begin)
+    row, places = renderer.located(whole, {len(whole) - 1: len(begin)})
+    assert row.ids[: len(prompt)] == prompt.ids
+    assert row.scored[0] == len(prompt) and len(places) == len(row.scored)
+    assert len(prompt) > len(renderer.prompt(whole[:-1])) and prompt.state is TurnState.HEADER
+    assert not any(kind in TRAINED for kind in prompt.kinds)
+    # Every character that is not given is somebody's, and the last token ends the turn.
+    covered = {c for place in places for c in range(place.start, place.stop)}
+    assert covered <= set(range(len(begin), len(begin + answer)))
+    assert all(character.isspace() or index in covered for index, character in enumerate(answer, len(begin)))
+    assert places[-1].start == places[-1].stop
+
+
+@cases
+@quick
+@given(data=st.data())
+def test_located_says_what_conversation_says(template: str, make: str, data: Any) -> None:
+    renderer = renderer_for(template, make)
+    messages = fitting(template, data.draw(conversations(control=True)))
+    turns = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
+    row, places = renderer.located(messages, dict.fromkeys(turns, 0))
+    assert row == renderer.conversation(messages)
+    assert sorted({place.message for place in places}) == turns
+    if make == "bytes" and template not in STRIPS:
+        for turn in turns:
+            said = str(messages[turn]["content"])
+            mine = [place for place in places if place.message == turn]
+            assert len(mine) == len(said.encode()) + 1  # and the end of the turn
+            assert [place.start for place in mine] == [
+                *(i for i, c in enumerate(said) for _ in c.encode()),
+                len(said),
+            ]
+
+
+def test_a_place_in_a_stripped_content_counts_what_was_stripped() -> None:
+    template = next(iter(STRIPS))
+    renderer = renderer_for(template, "bytes")
+    messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "  ab  "}]
+    _, places = renderer.located(messages, {1: 0})
+    letters = [place for place in places if place.stop > place.start]
+    assert [(place.start, place.stop) for place in letters][-2:] == [(2, 3), (3, 4)]
+
+
+def test_located_refuses_what_cannot_be_scored() -> None:
+    renderer = renderer_for("chatml", "bytes")
+    messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "given"}]
+    with pytest.raises(BadInputError, match="Only assistant turns"):
+        renderer.located(messages, {0: 0})
+    with pytest.raises(BadInputError, match="nothing is left of it"):
+        renderer.located(messages, {1: 5})

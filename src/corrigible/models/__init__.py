@@ -18,7 +18,7 @@ from corrigible.models.load import DEFAULT_POLICY, load_policy, preferred_dtype
 from corrigible.models.logprobs import sequence_logprobs, token_divergences, token_logprobs
 from corrigible.models.policy import LanguagePolicy, Lora
 from corrigible.models.reference import generate_reference, logprobs_reference
-from corrigible.models.renderer import SCORED, Rendered, Renderer, TokenKind, TurnState
+from corrigible.models.renderer import SCORED, Place, Rendered, Renderer, TokenKind, TurnState
 from corrigible.models.rollout import RolloutEngine
 from corrigible.models.rollout_records import Partial, Segment
 from corrigible.models.scoring import same_vocabulary
@@ -30,6 +30,7 @@ __all__ = [
     "LanguagePolicy",
     "Lora",
     "Partial",
+    "Place",
     "Rendered",
     "Renderer",
     "RolloutEngine",

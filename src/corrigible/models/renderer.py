@@ -24,7 +24,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum, IntEnum
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from corrigible.errors import BadInputError
 from corrigible.records import Message, MessageLike
@@ -73,6 +73,9 @@ class Rendered:
 
     ``messages`` and ``tools`` are what was rendered, ``state`` how far the last turn got: they let
     :meth:`Renderer.continue_` go on. ``dropped`` counts prompt tokens that :meth:`Renderer.fit` cut.
+
+    ``inputs`` are the ids that a model reads where they are not those it is to predict (inputs that were
+    corrupted on purpose): one per token, the last thing to be set, and ``None`` when they are ``ids``.
     """
 
     ids: tuple[int, ...]
@@ -81,13 +84,21 @@ class Rendered:
     tools: tuple[Mapping[str, Any], ...] | None = field(default=None, compare=False, repr=False)
     state: TurnState = field(default=TurnState.CLOSED, compare=False)
     dropped: int = 0
+    inputs: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         if len(self.ids) != len(self.kinds):
             raise BadInputError(f"{len(self.ids)} ids but {len(self.kinds)} kinds: one of each per token.")
+        if self.inputs is not None and len(self.inputs) != len(self.ids):
+            raise BadInputError(f"{len(self.ids)} ids but {len(self.inputs)} inputs: one of each per token.")
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    @property
+    def fed(self) -> tuple[int, ...]:
+        """The ids that a model reads."""
+        return self.ids if self.inputs is None else self.inputs
 
     @property
     def scored(self) -> tuple[int, ...]:
@@ -101,13 +112,25 @@ class Rendered:
         return cls(ids=(*prompt_ids, *sampled_ids), kinds=kinds, state=TurnState.CUT)
 
 
+class Place(NamedTuple):
+    """Where a scored token stands: in ``content[start:stop]`` of message ``message`` (characters).
+
+    ``start == stop`` is the content's length for what the template writes after it: the end of the turn.
+    """
+
+    message: int
+    start: int
+    stop: int
+
+
 @dataclass(frozen=True, slots=True)
 class _Span:
-    """Message ``message``'s content at ``text[start:end]``."""
+    """Message ``message``'s content from character ``skipped`` on, at ``text[start:end]``."""
 
     start: int
     end: int
     message: int
+    skipped: int = 0
 
 
 class Renderer:
@@ -159,14 +182,26 @@ class Renderer:
         )
 
     def prompt(
-        self, messages: Sequence[MessageLike], tools: Sequence[Mapping[str, Any]] | None = None
+        self,
+        messages: Sequence[MessageLike],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        *,
+        begin: str = "",
     ) -> Rendered:
         """The conversation so far and the header after which the assistant speaks.
 
+        Args:
+            messages: what was said.
+            tools: the template's tools.
+            begin: words that are put into the assistant's mouth: its turn begins with them, and it goes
+                on after them. Tokenised apart from what follows, as ``given`` of :meth:`located` is.
+
         Raises:
-            BadInputError: no messages, or a conversation that the template refuses.
+            BadInputError: no messages, a conversation that the template refuses, or a template that
+                changes contents so much that the place of ``begin`` cannot be told.
         """
-        return self._render(messages, tools, header=True, trained=frozenset())
+        prompt = self._render(messages, tools, header=True, trained=frozenset())
+        return self._begun(prompt, begin) if begin else prompt
 
     def conversation(
         self,
@@ -203,6 +238,43 @@ class Renderer:
         if not turns:
             raise BadInputError("The response has no assistant turn, so there is nothing to score.")
         return self._render(messages, tools, header=False, trained=frozenset(turns))
+
+    def located(
+        self,
+        messages: Sequence[MessageLike],
+        given: Mapping[int, int],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> tuple[Rendered, tuple[Place, ...]]:
+        """A conversation, and where in its messages each scored token stands.
+
+        Args:
+            messages: the whole conversation.
+            given: by index, the assistant turns that are scored, and how many characters at the
+                beginning of each are given rather than said: those are tokenised apart, exactly as
+                ``prompt(..., begin=...)`` tokenises them, and not scored.
+            tools: the template's tools.
+
+        Returns:
+            The row, and a place for every scored token, in order.
+
+        Raises:
+            BadInputError: as for :meth:`conversation`; a tokenizer that cannot say where its tokens
+                stand; a template that changes contents.
+        """
+        if not given or any(_role(messages[turn]) != "assistant" for turn in given):
+            raise BadInputError("Only assistant turns can be scored, and at least one must be.")
+        places: list[Place | None] = []
+        row = self._render(
+            messages, tools, header=False, trained=frozenset(given), given=given, places=places
+        )
+        found = tuple(place for place in places if place is not None)
+        if len(found) != len(row.scored):
+            raise BadInputError(
+                "It cannot be told where the tokens stand in the messages: the chat template changes "
+                "contents, or the tokenizer keeps no offsets.",
+                advice="Use a fast tokenizer and a template that copies contents, or equal weights.",
+            )
+        return row, found
 
     def with_sampled(self, prompt: Rendered, sampled_ids: Sequence[int], ended: bool) -> Rendered:
         """Append what the policy sampled, exactly as it sampled it.
@@ -277,7 +349,7 @@ class Renderer:
                     position, end = min(ends)
                     start = position + len(end)
         spans = self._content_spans(messages, rendered.tools, True, text)
-        ids, kinds = self._encode(text, start, len(text), spans, messages, trained=False)
+        ids, kinds, _ = self._encode(text, start, len(text), spans, messages, trained=False)
         return replace(
             rendered,
             ids=rendered.ids + tuple(ids),
@@ -319,6 +391,7 @@ class Renderer:
             ids=rendered.ids[:keep] + rendered.ids[keep + excess :],
             kinds=rendered.kinds[:keep] + rendered.kinds[keep + excess :],
             dropped=rendered.dropped + excess,
+            inputs=rendered.inputs and rendered.inputs[:keep] + rendered.inputs[keep + excess :],
         )
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -361,32 +434,46 @@ class Renderer:
         *,
         header: bool,
         trained: frozenset[int],
+        given: Mapping[int, int] | None = None,
+        places: list[Place | None] | None = None,
     ) -> Rendered:
         plain = [_plain(m) for m in messages]
         if not plain:
             raise BadInputError("There are no messages to render.", advice="Give at least one user message.")
         tools = tuple(tools) if tools else None
         text = self._text(plain, tools, header=header)
-        turns: list[tuple[int, int, bool]] = []
+        spans = self._content_spans(plain, tools, header, text)
+        # Where each assistant turn is cut: its begin, the end of what is given of it, its end.
+        turns: list[tuple[int, int, int, int | None]] = []
         for i, message in enumerate(plain):
             if message["role"] != "assistant":
                 continue
             bounds = self._turn_bounds(plain, i, tools, text)
-            if bounds is not None:
-                turns.append((*bounds, i in trained))
-            elif i in trained:
-                raise self._rewrites(i)
-        spans = self._content_spans(plain, tools, header, text)
+            if bounds is None:
+                if i in trained:
+                    raise self._rewrites(i)
+                continue
+            said = bounds[0]
+            if given is not None and given.get(i):
+                spans, said = self._cut_span(spans, i, given[i])
+            turns.append((bounds[0], said, bounds[1], i if i in trained else None))
         ids: list[int] = []
         kinds: list[TokenKind] = []
         position = 0
-        for start, end, train in [*turns, (len(text), len(text), False)]:
-            for chunk_start, chunk_end, chunk_trained in ((position, start, False), (start, end, train)):
-                more, more_kinds = self._encode(
-                    text, chunk_start, chunk_end, spans, plain, trained=chunk_trained
+        for start, said, end, turn in [*turns, (len(text), len(text), len(text), None)]:
+            for chunk_start, chunk_end, of in (
+                (position, start, None),
+                (start, said, None),
+                (said, end, turn),
+            ):
+                more, more_kinds, where = self._encode(
+                    text, chunk_start, chunk_end, spans, plain, trained=of is not None
                 )
                 ids += more
                 kinds += more_kinds
+                if places is not None and of is not None and spans is not None:
+                    scored = [at for at, kind in zip(where, more_kinds, strict=True) if kind in SCORED]
+                    places += _places(scored, of, spans)
             position = end
         return Rendered(
             ids=tuple(ids),
@@ -467,7 +554,7 @@ class Renderer:
             for variant in dict.fromkeys((content, content.strip(), content.lstrip(), content.rstrip())):
                 end = position + len(variant)
                 if text.startswith(variant, position) and text.startswith(literal, end):
-                    spans.append(_Span(position, end, index))
+                    spans.append(_Span(position, end, index, content.find(variant)))
                     position = end + len(literal)
                     break
             else:
@@ -483,10 +570,10 @@ class Renderer:
         messages: Sequence[Mapping[str, Any]],
         *,
         trained: bool,
-    ) -> tuple[list[int], list[TokenKind]]:
-        """Tokenise ``text[start:end]`` on its own and say what each token is."""
+    ) -> tuple[list[int], list[TokenKind], list[tuple[int, int] | None]]:
+        """Tokenise ``text[start:end]`` on its own; say what each token is and where in ``text`` it stands."""
         if start == end:
-            return [], []
+            return [], [], []
         if spans is None:
             self._refuse_hidden_control_tokens(messages)
             inside = []
@@ -501,45 +588,81 @@ class Renderer:
                 position = span.end
         pieces.append((position, end, False))
         ids: list[int] = []
-        starts: list[int | None] = []
+        where: list[tuple[int, int] | None] = []
         for piece_start, piece_end, literal in pieces:
             if piece_start < piece_end:
                 more, offsets = self._tokenize(
                     text[piece_start:piece_end], first=piece_start == 0, literal=literal
                 )
                 ids += more
-                starts += [None if o is None else piece_start + o for o in offsets]
+                where += [None if o is None else (piece_start + o[0], piece_start + o[1]) for o in offsets]
         # Without offsets to go by, whatever is no control token counts as content.
         in_content = [
             i not in self.special_ids
             if o is None or spans is None
-            else any(s.start <= o < s.end for s in inside)
-            for i, o in zip(ids, starts, strict=True)
+            else any(s.start <= o[0] < s.end for s in inside)
+            for i, o in zip(ids, where, strict=True)
         ]
         if not trained:
-            return ids, [TokenKind.PROMPT if c else TokenKind.SPECIAL for c in in_content]
+            return ids, [TokenKind.PROMPT if c else TokenKind.SPECIAL for c in in_content], where
         last = len(ids) - 1
         for i in range(len(ids) - 1, -1, -1):
             if ids[i] in self.end_of_turn_ids and not in_content[i]:
                 last = i
                 break
-        return ids, [TokenKind.NOT_SAMPLED if i <= last else TokenKind.SPECIAL for i in range(len(ids))]
+        kinds = [TokenKind.NOT_SAMPLED if i <= last else TokenKind.SPECIAL for i in range(len(ids))]
+        return ids, kinds, where
 
-    def _tokenize(self, text: str, *, first: bool, literal: bool) -> tuple[list[int], list[int | None]]:
+    def _cut_span(self, spans: list[_Span] | None, message: int, characters: int) -> tuple[list[_Span], int]:
+        """``spans`` with one content cut after ``characters``, and where in the text that is."""
+        place = next((n for n, span in enumerate(spans or ()) if span.message == message), None)
+        if spans is None or place is None:
+            raise self._hides(message)
+        span = spans[place]
+        cut = span.start + characters - span.skipped
+        if not span.start < cut < span.end:
+            raise BadInputError(
+                f"Message {message + 1} begins with {characters} given characters, and nothing is left of it "
+                "to score, or the chat template takes the given ones away.",
+                advice="Give an answer that says something after them.",
+            )
+        parts = [replace(span, end=cut), _Span(cut, span.end, message, characters)]
+        return [*spans[:place], *parts, *spans[place + 1 :]], cut
+
+    def _begun(self, prompt: Rendered, begin: str) -> Rendered:
+        """``prompt`` with ``begin`` as the first words of the assistant's turn."""
+        turn = len(prompt.messages)
+        # What the template would write if the turn went on: a marker keeps it from stripping the end.
+        marker = _marker(turn, [*prompt.messages, {"role": "assistant", "content": begin}])
+        messages = [*prompt.messages, {"role": "assistant", "content": begin + marker}]
+        text = self._text(messages, prompt.tools)
+        bounds = self._turn_bounds(messages, turn, prompt.tools, text)
+        if bounds is None:
+            raise self._rewrites(turn)
+        spans, end = self._cut_span(
+            self._content_spans(messages, prompt.tools, False, text), turn, len(begin)
+        )
+        ids, kinds, _ = self._encode(text, bounds[0], end, spans, messages, trained=False)
+        return replace(prompt, ids=prompt.ids + tuple(ids), kinds=prompt.kinds + tuple(kinds))
+
+    def _tokenize(
+        self, text: str, *, first: bool, literal: bool
+    ) -> tuple[list[int], list[tuple[int, int] | None]]:
         for anchor in () if first else self._anchors:
             before = self._call_tokenizer(anchor, literal)["input_ids"]
             ids, offsets = self._with_offsets(anchor + text, literal)
             if ids[: len(before)] == before:  # else the anchor has merged with the text: try another
-                offsets = [None if o is None else max(o - len(anchor), 0) for o in offsets]
+                cut = len(anchor)
+                offsets = [None if o is None else (max(o[0] - cut, 0), max(o[1] - cut, 0)) for o in offsets]
                 return ids[len(before) :], offsets[len(before) :]
         return self._with_offsets(text, literal)
 
-    def _with_offsets(self, text: str, literal: bool) -> tuple[list[int], list[int | None]]:
+    def _with_offsets(self, text: str, literal: bool) -> tuple[list[int], list[tuple[int, int] | None]]:
         encoded = self._call_tokenizer(text, literal)
         ids: list[int] = list(encoded["input_ids"])
         if not self.tokenizer.is_fast:
             return ids, [None] * len(ids)
-        return ids, [offset[0] for offset in encoded["offset_mapping"]]
+        return ids, [(int(start), int(stop)) for start, stop in encoded["offset_mapping"]]
 
     def _call_tokenizer(self, text: str, literal: bool) -> Any:
         return self.tokenizer(
@@ -582,12 +705,32 @@ class Renderer:
                     advice="Take it out of the message.",
                 )
 
+    def _hides(self, message: int) -> BadInputError:
+        return BadInputError(
+            f"The chat template changes message {message + 1} so much that its beginning cannot be told.",
+            advice="Use a template that copies contents, such as template='chatml'.",
+        )
+
     def _rewrites(self, turn: int) -> BadInputError:
         return BadInputError(
             f"The chat template writes message {turn + 1} differently once more messages follow (or "
             "cannot write the turns before it alone), so its tokens cannot be told for certain.",
             advice="Train on the last turn only (train_on='last'), or use another template.",
         )
+
+
+def _places(
+    where: Sequence[tuple[int, int] | None], message: int, spans: Sequence[_Span]
+) -> list[Place | None]:
+    """The places of a turn's scored tokens, of which ``where`` says where they stand in the text."""
+    span = next((each for each in reversed(spans) if each.message == message), None)
+    if span is None:  # an empty content: there is only the end of the turn
+        return [None if at is None else Place(message, 0, 0) for at in where]
+
+    def in_content(position: int) -> int:
+        return min(max(position, span.start), span.end) - span.start + span.skipped
+
+    return [None if at is None else Place(message, in_content(at[0]), in_content(at[1])) for at in where]
 
 
 def _role(message: MessageLike) -> str:
