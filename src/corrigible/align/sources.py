@@ -64,6 +64,15 @@ class Source(Protocol):
         ...
 
 
+@runtime_checkable
+class Paced(Protocol):
+    """A source whose batches depend on how long the run is (a ramp, a curriculum)."""
+
+    def over(self, total_steps: int) -> Self:
+        """The same source in a run of so many optimiser steps."""
+        ...
+
+
 T = TypeVar("T")
 E = TypeVar("E")
 Made = TypeVar("Made", bound="Listed")
@@ -279,10 +288,11 @@ def say_skipped(skipped: Counter[str], noun: str) -> None:
 
 
 def row_key(row: Rendered) -> bytes:
-    """Sha256 (32 bytes) of a row's token ids and of which of them are scored."""
+    """Sha256 (32 bytes) of a row's token ids, of which of them are scored, and of what is read instead."""
     ids = np.asarray(row.ids, dtype=np.int64)
     scored = np.asarray([kind in SCORED for kind in row.kinds], dtype=np.uint8)
-    return hashlib.sha256(ids.tobytes() + b"|" + scored.tobytes()).digest()
+    read = b"" if row.inputs is None else b"|" + np.asarray(row.inputs, dtype=np.int64).tobytes()
+    return hashlib.sha256(ids.tobytes() + b"|" + scored.tobytes() + read).digest()
 
 
 LEAST_PROMPT = 8

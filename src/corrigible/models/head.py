@@ -5,8 +5,8 @@ could make. Here they exist for one block of positions at a time, in the type of
 over the vocabulary run in float32 on a few rows at a time; and the backward pass either uses the
 probabilities that the forward pass left (when they are few) or computes the block again.
 
-:func:`score` reads off the log-probs of given tokens and entropies, :func:`divergence` how far two
-layers' distributions are apart, :func:`top_k` the likeliest tokens.
+:func:`score` reads off the log-probs of given tokens, entropies and expected log-probs, :func:`divergence`
+how far two layers' distributions are apart, :func:`top_k` the likeliest tokens.
 """
 
 from __future__ import annotations
@@ -38,10 +38,15 @@ class Scores:
     Attributes:
         logprobs: ``(n,)`` of the targets, at the temperature asked for.
         entropy: ``(n,)`` of the whole distribution at that temperature; None unless asked for.
+        expected: ``(n,)``, ``sum_a q(a) log p(a)`` over the vocabulary, ``p`` at that temperature and ``q``
+            the sampling policy at another; its gradient goes through ``p`` alone. None unless asked for.
+        sampling_logprobs: ``(n,)`` ``log q`` of the targets, without gradient; together with ``expected``.
     """
 
     logprobs: Tensor
     entropy: Tensor | None = None
+    expected: Tensor | None = None
+    sampling_logprobs: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,10 +72,11 @@ def score(
     bias: Tensor | None = None,
     temperature: float = 1.0,
     entropy: bool = False,
+    expected_at: float | None = None,
     block_bytes: int | None = None,
     keep_bytes: int | None = None,
 ) -> Scores:
-    """Log-probabilities of ``targets`` (and entropies) from hidden states; differentiable.
+    """Log-probabilities of ``targets`` (and what else is asked for) from hidden states; differentiable.
 
     Args:
         hidden: ``(n, width)``.
@@ -79,6 +85,8 @@ def score(
         bias: ``(vocabulary,)`` of the output layer, if it has one.
         temperature: what the logits are divided by.
         entropy: also the entropy of each distribution.
+        expected_at: also the expected log-prob of a token drawn at this temperature; at infinity every
+            token of the vocabulary is as likely as any other.
         block_bytes: how much memory the logits may take at a time; default :data:`BLOCK_BYTES`.
         keep_bytes: how much may be kept for the backward pass instead of being computed again; default
             :data:`KEEP_BYTES`.
@@ -88,10 +96,13 @@ def score(
     if not torch.is_grad_enabled():
         hidden, weight = hidden.detach(), weight.detach()
         bias = None if bias is None else bias.detach()
-    logprobs, entropies = _Score.apply(  # type: ignore[no-untyped-call]
-        hidden, weight, targets, bias, temperature, entropy, block_bytes, keep_bytes
+    logprobs, entropies, expected, sampling = _Score.apply(  # type: ignore[no-untyped-call]
+        hidden, weight, targets, bias, temperature, entropy, expected_at, block_bytes, keep_bytes
     )
-    return Scores(logprobs, entropies if entropy else None)
+    drawn = expected_at is not None
+    return Scores(
+        logprobs, entropies if entropy else None, expected if drawn else None, sampling if drawn else None
+    )
 
 
 def divergence(
@@ -295,16 +306,25 @@ class _Score(torch.autograd.Function):
         bias: Tensor | None,
         temperature: float,
         entropy: bool,
+        expected_at: float | None,
         block_bytes: int,
         keep_bytes: int,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         rows, vocabulary = len(hidden), len(weight)
         wide = _wide(hidden)
-        logprobs = torch.empty(rows, dtype=wide, device=hidden.device)
-        entropies = torch.empty(rows if entropy else 0, dtype=wide, device=hidden.device)
-        normaliser = torch.empty(rows, dtype=wide, device=hidden.device)
+        drawn = expected_at is not None
+        # What the sampling policy's logits are, as a multiple of these: 0 is the uniform distribution.
+        flatter = temperature / expected_at if expected_at is not None else 0.0
+
+        def column(wanted: bool) -> Tensor:
+            return torch.empty(rows if wanted else 0, dtype=wide, device=hidden.device)
+
+        logprobs, normaliser = column(True), column(True)
+        entropies = column(entropy)
+        expected, sampling, sampling_normaliser = column(drawn), column(drawn), column(drawn)
         backward = any(ctx.needs_input_grad)
-        keep = backward and not entropy and rows * vocabulary * hidden.element_size() <= keep_bytes
+        keep = backward and not entropy and not drawn
+        keep = keep and rows * vocabulary * hidden.element_size() <= keep_bytes
         kept: list[Tensor] = []
         for block in _blocks(rows, vocabulary, hidden.element_size(), block_bytes):
             logits = nn.functional.linear(hidden[block], weight, bias)
@@ -317,6 +337,11 @@ class _Score(torch.autograd.Function):
                 chosen = stripe.gather(-1, targets[to, None])[:, 0]
                 stripe -= most
                 weighted = stripe.clone() if entropy else None
+                if drawn:
+                    likely = (flatter * stripe).exp_()
+                    mass = likely.sum(dim=-1)
+                    # Relative to the largest logit, as the logarithm of the sum is.
+                    average = likely.mul_(stripe).sum(dim=-1) / mass
                 stripe.exp_()
                 total = stripe.sum(dim=-1, keepdim=True)
                 log_total = (most + total.log())[:, 0]
@@ -326,26 +351,35 @@ class _Score(torch.autograd.Function):
                     # H = log Z - sum p x with x and Z both taken relative to the largest logit.
                     mean = (weighted.mul_(stripe).sum(dim=-1, keepdim=True) / total)[:, 0]
                     entropies[to] = total.log()[:, 0] - mean
+                if drawn:
+                    expected[to] = average - total.log()[:, 0]
+                    sampling_normaliser[to] = mass.log() - flatter * total.log()[:, 0]
+                    sampling[to] = flatter * logprobs[to] - sampling_normaliser[to]
                 if keep:
                     torch.mul(stripe, total.reciprocal_(), out=stripe)
                     logits[at] = stripe
             if keep:
                 kept.append(logits)
-        if not entropy:
-            ctx.mark_non_differentiable(entropies)
-        ctx.save_for_backward(hidden, weight, targets, normaliser, entropies, *kept)
+        unused = [each for each, wanted in ((entropies, entropy), (expected, drawn)) if not wanted]
+        ctx.mark_non_differentiable(sampling, *unused)
+        ctx.save_for_backward(hidden, weight, targets, normaliser, entropies, sampling_normaliser, *kept)
         ctx.bias, ctx.temperature, ctx.entropy, ctx.block_bytes = bias, temperature, entropy, block_bytes
+        ctx.drawn, ctx.flatter = drawn, flatter
         ctx.spent = False
-        return logprobs, entropies
+        return logprobs, entropies, expected, sampling
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, grad_entropy: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(
+        ctx: Any, grad: Tensor, grad_entropy: Tensor, grad_expected: Tensor, _: Tensor
+    ) -> tuple[Tensor | None, ...]:
         if ctx.spent:
             raise RuntimeError("The kept probabilities are used up by one backward pass; score again.")
-        hidden, weight, targets, normaliser, entropies, *kept = ctx.saved_tensors
+        hidden, weight, targets, normaliser, entropies, sampling_normaliser, *kept = ctx.saved_tensors
         ctx.spent = bool(kept)
         needed = ctx.needs_input_grad
         gradients = _Gradients(hidden, weight, ctx.bias, (needed[0], needed[1], needed[3]))
+        # d log p_y/dx_j = [j = y] - p_j and, with q a constant, d sum_a q_a log p_a/dx_j = q_j - p_j.
+        falls = grad + grad_expected if ctx.drawn else grad
         blocks = _blocks(len(hidden), len(weight), hidden.element_size(), ctx.block_bytes)
         for number, block in enumerate(blocks):
             rows = torch.arange(block.stop - block.start, device=hidden.device)
@@ -359,18 +393,23 @@ class _Score(torch.autograd.Function):
                     if ctx.temperature != 1.0:
                         stripe /= ctx.temperature
                     stripe -= normaliser[to, None]
+                    rises = None
+                    if ctx.drawn:
+                        rises = (ctx.flatter * stripe).sub_(sampling_normaliser[to, None]).exp_()
+                        rises *= grad_expected[to, None]
                     if ctx.entropy:
                         # dH/dx_j = -p_j (log p_j + H)
-                        outer = grad[to, None] + grad_entropy[to, None] * (stripe + entropies[to, None])
-                        slope[at] = -outer * stripe.exp_()
+                        outer = falls[to, None] + grad_entropy[to, None] * (stripe + entropies[to, None])
+                        stripe = -outer * stripe.exp_()
                     else:
-                        slope[at] = stripe.exp_().mul_(-grad[to, None])
+                        stripe.exp_().mul_(-falls[to, None])
+                    slope[at] = stripe if rises is None else stripe.add_(rises)
             slope[rows, targets[block]] += grad[block].to(slope.dtype)
             if ctx.temperature != 1.0:
                 slope /= ctx.temperature
             gradients.add(block, slope)
         grad_hidden, grad_weight, grad_bias = gradients.found()
-        return grad_hidden, grad_weight, None, grad_bias, None, None, None, None
+        return grad_hidden, grad_weight, None, grad_bias, None, None, None, None, None
 
 
 class _Divergence(torch.autograd.Function):

@@ -37,7 +37,7 @@ class Packed:
     """A forward pass's worth of rows.
 
     Attributes:
-        ids: ``(tokens,)`` int64.
+        ids: ``(tokens,)`` int64, what is read; rows share what is read alike.
         positions: ``(tokens,)`` int64, each token's place in its own row.
         nodes: the tree, in the order of the tokens; they cover all of them.
         read: ``(scored,)`` index of the token after which each scored token stands; row after row.
@@ -84,7 +84,7 @@ def pack(
             of its own for all of them, even where only one row is there.
     """
     lengths = [_length(row, whole) for row in rows]
-    cut = [np.asarray(row.ids[:length], dtype=np.int64) for row, length in zip(rows, lengths, strict=True)]
+    cut = [np.asarray(row.fed[:length], dtype=np.int64) for row, length in zip(rows, lengths, strict=True)]
     tree = _Tree(cut, share, groups or [len(rows)], preamble)
     places = tree.places
     read = [
@@ -107,7 +107,7 @@ def packed_size(
     rows: Sequence[Rendered], *, share: bool = True, whole: bool = False, preamble: Sequence[int] = ()
 ) -> int:
     """Tokens that :func:`pack` would lay out, those of the ``preamble`` not counted."""
-    cut = [np.asarray(row.ids[: _length(row, whole)], dtype=np.int64) for row in rows]
+    cut = [np.asarray(row.fed[: _length(row, whole)], dtype=np.int64) for row in rows]
     tree = _Tree(cut, share, [len(rows)], preamble)
     return tree.size - tree.begun
 

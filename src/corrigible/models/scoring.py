@@ -33,10 +33,19 @@ OVERFLOW = "Something overflowed: lower the learning rate, or use float32 or bfl
 
 @dataclass(frozen=True, slots=True)
 class RowScores:
-    """Per row, of its scored tokens in order, float32: log-probs and, if asked for, entropies in nats."""
+    """Per row, of its scored tokens in order, float32, nats; all but the log-probs only if asked for.
+
+    Attributes:
+        logprobs: of the tokens.
+        entropies: of the distribution before each.
+        expected: what the log-prob of a token drawn there at another temperature is on average.
+        sampling_logprobs: of the tokens themselves at that other temperature, without gradient.
+    """
 
     logprobs: list[Tensor]
     entropies: list[Tensor] | None
+    expected: list[Tensor] | None = None
+    sampling_logprobs: list[Tensor] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,14 +118,34 @@ class Scorer:
         grad: bool = False,
         temperature: float = 1.0,
         entropy: bool = False,
+        expected_at: float | None = None,
     ) -> RowScores:
-        """As a call, with the entropy at each scored position if asked for."""
+        """As a call, with what else is asked for at each scored position.
+
+        Args:
+            examples, grad, temperature: as for a call.
+            entropy: also the entropy of the distribution.
+            expected_at: also ``sum_a q(a) log p(a)`` over the vocabulary, ``q`` the distribution at this
+                temperature, held constant: infinity gives all tokens the same probability.
+
+        Raises:
+            BadInputError, NumericsError: as a call does; or an ``expected_at`` that is not above 0.
+        """
         rows, groups = _checked(examples, self.policy, temperature)
+        if expected_at is not None and not expected_at > 0.0:
+            raise BadInputError(f"expected_at is {expected_at}.", advice="Tokens are drawn at one above 0.")
         with torch.set_grad_enabled(grad):
-            found = self._outputs(rows, groups).score(temperature, entropy)
-        logprobs = _split(found.logprobs, rows, "log-probabilities")
-        entropies = None if found.entropy is None else _split(found.entropy, rows, "entropies")
-        return RowScores(logprobs, entropies)
+            found = self._outputs(rows, groups).score(temperature, entropy, expected_at)
+
+        def split(values: Tensor | None, name: str) -> list[Tensor] | None:
+            return None if values is None else _split(values, rows, name)
+
+        return RowScores(
+            _split(found.logprobs, rows, "log-probabilities"),
+            split(found.entropy, "entropies"),
+            split(found.expected, "expected log-probabilities"),
+            split(found.sampling_logprobs, "sampling log-probabilities"),
+        )
 
     def divergence(
         self,
@@ -157,10 +186,10 @@ class Scorer:
                 )
         with torch.no_grad(), adapter():
             theirs = other._outputs(rows, groups)
-            their_logprobs = theirs.score(temperature, False).logprobs if logprobs else None
+            their_logprobs = theirs.score(temperature).logprobs if logprobs else None
         with torch.set_grad_enabled(grad):
             mine = self._outputs(rows, groups)
-            my_logprobs = mine.score(temperature, False).logprobs if logprobs else None
+            my_logprobs = mine.score(temperature).logprobs if logprobs else None
             a, b = mine.matrix, theirs.matrix
             if a is not None and b is not None:
                 found = divergence(
@@ -249,7 +278,7 @@ class Scorer:
             return self.network.hidden(packed).index_select(0, packed.last.to(device)).float()
         if self.one_by_one and len(rows) > 1:
             return torch.cat([self._last_states([row], [1]) for row in rows])
-        ids, _ = _padded([row.ids for row in rows])
+        ids, _ = _padded([row.fed for row in rows])
         states = self.policy.hidden_states(ids.to(device))
         last = torch.tensor([len(row) - 1 for row in rows], device=device)
         return states[torch.arange(len(rows), device=device), last].float()
@@ -261,7 +290,7 @@ class Scorer:
             return _Outputs(states, torch.cat([one.targets for one in alone]), alone[0].head)
         # The last scored token is predicted, never read. Padding stands on the right, so with causal
         # attention no scored position sees it: no mask is needed, and positions count from 0 in each row.
-        ids, width = _padded([row.ids[: row.scored[-1]] for row in rows])
+        ids, width = _padded([row.fed[: row.scored[-1]] for row in rows])
         read = [number * width + place - 1 for number, row in enumerate(rows) for place in row.scored]
         device = self.policy.device
         ids, where = ids.to(device), torch.tensor(read, device=device)
@@ -301,7 +330,7 @@ class _Outputs:
         """Log-probs of all tokens, ``(positions, vocabulary)`` float32."""
         return (self.logits(at).float() / temperature).log_softmax(dim=-1)
 
-    def score(self, temperature: float, entropy: bool) -> Scores:
+    def score(self, temperature: float, entropy: bool = False, expected_at: float | None = None) -> Scores:
         """Of the targets."""
         if (head := self.matrix) is not None:
             return score(
@@ -311,15 +340,27 @@ class _Outputs:
                 bias=head.bias,
                 temperature=temperature,
                 entropy=entropy,
+                expected_at=expected_at,
             )
 
         def block(at: slice) -> Tensor:
-            every = self.every(at, temperature)
-            logprobs = every.gather(-1, self.targets[at, None])[:, 0]
-            return torch.stack([logprobs, -(every * every.exp()).sum(dim=-1)]) if entropy else logprobs[None]
+            logits, targets = self.logits(at).float(), self.targets[at, None]
+            every = (logits / temperature).log_softmax(dim=-1)
+            columns = [every.gather(-1, targets)[:, 0]]
+            if entropy:
+                columns.append(-(every * every.exp()).sum(dim=-1))
+            if expected_at is not None:
+                drawn = (logits.detach() / expected_at).log_softmax(dim=-1)
+                columns += [(drawn.exp() * every).sum(dim=-1), drawn.gather(-1, targets)[:, 0]]
+            return torch.stack(columns)
 
-        found = _in_blocks(block, len(self.states))
-        return Scores(found[0], found[1] if entropy else None)
+        found = iter(_in_blocks(block, len(self.states)).unbind())
+        return Scores(
+            next(found),
+            next(found) if entropy else None,
+            next(found) if expected_at is not None else None,
+            next(found).detach() if expected_at is not None else None,
+        )
 
 
 def _blocks(count: int) -> list[slice]:
@@ -384,8 +425,9 @@ def check_rows(policy: LanguagePolicy, rows: Rows, *, scored: bool = True) -> No
                 f"Row {number} has {len(row)} tokens; {policy.name} reads {policy.context_length}.",
                 advice="Leave it out, or use renderer.fit(rendered, max_length, policy='truncate_prompt').",
             )
-        if max(row.ids) >= size or min(row.ids) < 0:
-            unknown = next(token for token in row.ids if not 0 <= token < size)
+        every = row.ids if row.inputs is None else row.ids + row.inputs
+        if max(every) >= size or min(every) < 0:
+            unknown = next(token for token in every if not 0 <= token < size)
             raise BadInputError(
                 f"Row {number} holds the token id {unknown}; {policy.name} knows {size} tokens.",
                 advice="Render it with this policy's own renderer.",
