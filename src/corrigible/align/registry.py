@@ -29,6 +29,7 @@ from corrigible.align.losses import LossOutput, dpo_loss
 from corrigible.align.sources import Example, PairExample, Source
 from corrigible.errors import BadInputError
 from corrigible.models import Rendered, Renderer
+from corrigible.models.scoring import RowScores
 from corrigible.records import Episode
 
 E = TypeVar("E", bound=Example)
@@ -50,6 +51,16 @@ class AlgorithmConfig(BaseModel):
         """The temperature at which the objective's log-probs are computed."""
         return 1.0
 
+    @property
+    def expected_at(self) -> float | None:
+        """The temperature of tokens whose expected log-prob the objective asks for; infinity draws evenly."""
+        return None
+
+    @property
+    def asks_entropy(self) -> bool:
+        """Whether the objective asks for the entropy before every scored token."""
+        return False
+
 
 @dataclass(frozen=True)
 class ScoredExamples(Generic[E]):
@@ -63,6 +74,8 @@ class ScoredExamples(Generic[E]):
             algorithm that needs none.
         denominator: total weight of the whole batch, of which these may be a micro-batch.
         whole: what the algorithm's ``measure`` found in the whole batch; ``None`` when it has none.
+        asked: per row what else the settings ask for (``expected_at``, ``asks_entropy``), at its scored
+            tokens; ``None`` when they ask for nothing. Entropies and expected log-probs have a gradient.
     """
 
     examples: Sequence[E]
@@ -70,6 +83,7 @@ class ScoredExamples(Generic[E]):
     reference: Sequence[Tensor] | None
     denominator: float
     whole: Any = None
+    asked: RowScores | None = None
 
     def policy_logps(self) -> Tensor:
         """Summed log-probs of every row under the policy, ``(rows,)``, nats, with gradient."""
@@ -135,7 +149,7 @@ class Algorithm:
 
     Attributes:
         name: what users type.
-        source: the kind of examples it trains on (``"pairs"``, ``"unpaired"``, ``"groups"``).
+        source: the kind of examples it trains on (``"pairs"``, ``"unpaired"``, ``"tokens"``, ``"groups"``).
         weight: what an example is worth (``"judgement"``: the weight of the judgements behind it;
             ``"group advantage"``: how much better it is than the other answers to its prompt).
         objective: the loss on scored examples.

@@ -27,7 +27,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,14 +44,14 @@ from corrigible.align.reference import reference_logprobs
 from corrigible.align.reference_cache import ReferenceLogprobs, hand_on
 from corrigible.align.registry import Algorithm, AlgorithmConfig, ScoredExamples
 from corrigible.align.sharded import ShardedOptimiser
-from corrigible.align.sources import Example, Separable, Source, row_key
+from corrigible.align.sources import Example, Paced, Separable, Source, row_key
 from corrigible.align.watch import Held, Watch, alarm, check_examples, some_of
 from corrigible.errors import BadInputError, Interrupted, memory_advice
 from corrigible.events import Alert, Artefact, EventBus, Message, Metric, Progress, current_bus, emit, use_bus
 from corrigible.files import storage_errors, write_atomically
 from corrigible.models import LanguagePolicy, Rendered
 from corrigible.models.optimiser import Group, Optimiser
-from corrigible.models.scoring import Scorer
+from corrigible.models.scoring import RowScores, Scorer
 
 HARMLESS = ("checkpoint_every", "reuse_reference")
 """Settings that do not change what is computed."""
@@ -167,8 +167,10 @@ class Trainer:
             raise BadInputError(
                 f"{algorithm.name} learns from {algorithm.source}, these examples are {source.kind}.",
                 advice="PairSource gives pairs, UnpairedSource unpaired answers (labelled_from_pairs makes "
-                "them from pairs), GroupSource groups.",
+                "them from pairs), TokenSource texts with token weights, GroupSource groups.",
             )
+        if isinstance(source, Paced):
+            self.source = source.over(self.total_steps)
         _check_vocabulary(policy, source, reference_policy)
         if held_out is not None:
             _check_vocabulary(policy, held_out, reference_policy)
@@ -303,14 +305,16 @@ class Trainer:
             self._stop()
             chosen = [parts[i] for i in batch]
             rows = [row for part in chosen for row in part.rows]
-            scores = self._logprobs([part.rows for part in chosen], grad=True)
+            found = self._scores([part.rows for part in chosen])
+            scores, asked = found.logprobs, found if self._asks else None
             reference = self._reference_of(rows)
-            self.watch.micro_batch(chosen, scores, reference)
+            self.watch.micro_batch(chosen, scores, reference, asked)
             if self.ledger is not None:
                 self._scored += ((row, score.detach()) for row, score in zip(rows, scores, strict=True))
-            output = self.algorithm.objective(
-                ScoredExamples(chosen, scores, reference, denominator, whole), self.algorithm_config
-            )
+            batch_of = ScoredExamples(chosen, scores, reference, denominator, whole)
+            if asked is not None:
+                batch_of = replace(batch_of, asked=asked)
+            output = self.algorithm.objective(batch_of, self.algorithm_config)
             if not bool(torch.isfinite(output.loss.detach()).all()):
                 alarm(
                     "loss_not_finite",
@@ -370,6 +374,24 @@ class Trainer:
     def _logprobs(self, groups: Sequence[Sequence[Rendered]], *, grad: bool) -> list[Tensor]:
         """Log-probs of every row's scored tokens at the temperature that the algorithm wants."""
         return self._scorer()(groups, grad=grad, temperature=self.algorithm_config.scored_at)
+
+    @property
+    def _asks(self) -> bool:
+        """Whether the algorithm wants more than log-probs."""
+        return self.algorithm_config.asks_entropy or self.algorithm_config.expected_at is not None
+
+    def _scores(self, groups: Sequence[Sequence[Rendered]]) -> RowScores:
+        """With gradient, at every row's scored tokens: log-probs, and what else the algorithm wants."""
+        if not self._asks:
+            return RowScores(self._logprobs(groups, grad=True), None)
+        config = self.algorithm_config
+        return self._scorer().scores(
+            groups,
+            grad=True,
+            temperature=config.scored_at,
+            entropy=config.asks_entropy,
+            expected_at=config.expected_at,
+        )
 
     def _reference_of(self, rows: Sequence[Rendered]) -> list[Tensor] | None:
         if self.reference is None:

@@ -25,6 +25,7 @@ from corrigible.errors import BadInputError, NumericsError
 from corrigible.events import Alert, emit
 from corrigible.models import LanguagePolicy, Rendered, TokenKind
 from corrigible.models.optimiser import Optimiser
+from corrigible.models.scoring import RowScores
 
 CLOSELY = 3
 """Steps from the start of a run in which every check runs."""
@@ -155,6 +156,7 @@ class Watch:
         self.stochastic = stochastic
         self._step = CLOSELY
         self._batch: list[tuple[Example, Sequence[Tensor], Sequence[Tensor] | None]] = []
+        self._asked: list[RowScores] = []
         self._gradients: dict[int, Tensor] = {}
         self._before: list[tuple[str, Tensor, Tensor, Tensor]] = []
 
@@ -165,12 +167,17 @@ class Watch:
 
     def _forget(self) -> None:
         self._batch.clear()
+        self._asked.clear()
         self._gradients.clear()
 
     def micro_batch(
-        self, parts: Sequence[Example], scores: Sequence[Tensor], reference: Sequence[Tensor] | None
+        self,
+        parts: Sequence[Example],
+        scores: Sequence[Tensor],
+        reference: Sequence[Tensor] | None,
+        asked: RowScores | None = None,
     ) -> None:
-        """The log-probs of a micro-batch are there; its loss is about to be computed from them.
+        """The log-probs of a micro-batch (and what else was asked for) are there; its loss comes next.
 
         Raises:
             NumericsError: ``gradient_zero``: no trainable parameter took part.
@@ -183,6 +190,8 @@ class Watch:
             )
         if self._step >= CLOSELY:
             return
+        if asked is not None:
+            self._asked.append(asked)
         start = 0
         for part in parts:
             rows = slice(start, start + len(part.rows))
@@ -244,10 +253,9 @@ class Watch:
             reference = [each for _, _, known in self._batch for each in known or ()]
         parts = [part for part, _, _ in self._batch]
         denominator = sum(example.weight for example in examples)
+        batch = ScoredExamples(parts, leaves, reference, denominator, whole, _together(self._asked, leaves))
         with torch.enable_grad():
-            loss = algorithm.objective(
-                ScoredExamples(parts, leaves, reference, denominator, whole), config
-            ).loss
+            loss = algorithm.objective(batch, config).loss
         if not loss.requires_grad:
             return
         gradients = torch.autograd.grad(loss, leaves, allow_unused=True)
@@ -379,6 +387,18 @@ class Watch:
                 f"a step with learning rate {rate:.3g} moved none of the weights.",
                 "The learning rate may be below the weights' precision.",
             )
+
+
+def _together(asked: Sequence[RowScores], logprobs: list[Tensor]) -> RowScores | None:
+    """What was asked for of all micro-batches, without its gradient: only that of log-probs is compared."""
+    if not asked:
+        return None
+
+    def column(name: str) -> list[Tensor] | None:
+        columns = [getattr(each, name) for each in asked]
+        return None if columns[0] is None else [row.detach() for rows in columns for row in rows]
+
+    return RowScores(logprobs, column("entropies"), column("expected"), column("sampling_logprobs"))
 
 
 def some_of(tensor: Tensor) -> Tensor:
