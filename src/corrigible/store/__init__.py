@@ -8,7 +8,8 @@
 - :class:`Blobs` keeps files by content hash (``blobs.py``).
 - :func:`load_pairs` turns judgements into preference pairs with their texts (``pairs.py``),
   :func:`load_labelled` into single responses that were found good or bad (``labelled.py``). The other shapes
-  that algorithms learn from are in ``signals.py``.
+  that algorithms learn from are in ``signals.py``; :func:`load_signals` makes any of them of every kind of
+  record that can give it (``conversions/``).
 - ``formats/`` brings other people's files in and takes ours out.
 
     >>> from corrigible.records import Annotator, comparison
@@ -25,6 +26,7 @@
 """
 
 from corrigible.store.blobs import Blobs
+from corrigible.store.conversions import SIGNALS, learnable, load_signals
 from corrigible.store.labelled import Labelled, labelled_from_pairs, load_labelled
 from corrigible.store.pairs import Pair, load_pairs
 from corrigible.store.queries import Change, FeedbackFilter
@@ -33,6 +35,7 @@ from corrigible.store.store import PolicyEvent, Store
 from corrigible.store.transaction import Added, Transaction
 
 __all__ = [
+    "SIGNALS",
     "Added",
     "Attempt",
     "Attempts",
@@ -48,6 +51,8 @@ __all__ = [
     "Store",
     "Transaction",
     "labelled_from_pairs",
+    "learnable",
     "load_labelled",
     "load_pairs",
+    "load_signals",
 ]

@@ -24,6 +24,8 @@ class Pair:
     data is split by it, never by row. ``chosen_ref``, ``rejected_ref`` and ``prompt_ref`` are the items'
     SHA-256; ``chosen_episode`` and ``rejected_episode`` say which episode a response was sampled in.
     ``prompt`` is empty and ``prompt_ref`` None when the judgement was about the responses alone.
+    ``margin`` is by how much the chosen one is better in the judge's own unit (strength 1 to 3 of a
+    comparison, gap of two ratings), None when nobody said.
     """
 
     prompt: tuple[Message, ...]
@@ -40,6 +42,7 @@ class Pair:
     prompt_ref: str | None = None
     chosen_episode: str | None = None
     rejected_episode: str | None = None
+    margin: float | None = None
 
     @property
     def prompt_text(self) -> str:
@@ -105,7 +108,7 @@ def load_pairs(
             found.append(_pair(row, texts))
     if left_out:
         emit(Said(text=f"{left_out} of {len(rows)} pairs are not about text and were left out"))
-    return _aggregated(found) if aggregate else found
+    return merged_votes(found) if aggregate else found
 
 
 def _messages(store: Store, rows: Sequence[PairRow]) -> tuple[dict[str, tuple[Message, ...]], set[str]]:
@@ -137,12 +140,13 @@ def texts_of(
             f"{len(missing)} items that judgements are about are not in the store, such as {min(missing)}.",
             advice="Add them with add_items, or import again from the source.",
         )
-    messages = {sha: _item_messages(item, role) for sha, item in held.items()}
+    messages = {sha: turn_of(item, role) for sha, item in held.items()}
     found = {sha: said for sha, said in messages.items() if said is not None}
     return found, messages.keys() - found.keys()
 
 
-def _item_messages(item: Item, role: str) -> tuple[Message, ...] | None:
+def turn_of(item: Item, role: str) -> tuple[Message, ...] | None:
+    """The messages that an item holds (a plain text is one of ``role``); None when it is no text."""
     if item.media_type == MESSAGES_MEDIA_TYPE:
         return item.messages()
     if item.text is None or not item.media_type.startswith("text/"):
@@ -156,10 +160,25 @@ def _key(sha: str, role: str) -> str:
 
 
 def _pair(row: PairRow, texts: dict[str, tuple[Message, ...]]) -> Pair:
+    return pair_of(
+        row,
+        texts[_key(row.context, "user")] if row.context is not None else (),
+        texts[_key(row.chosen, "assistant")],
+        texts[_key(row.rejected, "assistant")],
+    )
+
+
+def pair_of(
+    row: PairRow,
+    prompt: tuple[Message, ...],
+    chosen: tuple[Message, ...],
+    rejected: tuple[Message, ...],
+) -> Pair:
+    """A row with the texts that it names by hash."""
     return Pair(
-        prompt=texts[_key(row.context, "user")] if row.context is not None else (),
-        chosen=texts[_key(row.chosen, "assistant")],
-        rejected=texts[_key(row.rejected, "assistant")],
+        prompt=prompt,
+        chosen=chosen,
+        rejected=rejected,
         p_chosen=row.p_chosen,
         weight=row.weight,
         group=row.task_id or row.context or f"item:{min(row.chosen, row.rejected)}",
@@ -171,10 +190,16 @@ def _pair(row: PairRow, texts: dict[str, tuple[Message, ...]]) -> Pair:
         prompt_ref=row.context,
         chosen_episode=row.chosen_episode,
         rejected_episode=row.rejected_episode,
+        margin=row.margin,
     )
 
 
-def _aggregated(votes: Sequence[Pair]) -> list[Pair]:
+def merged_votes(votes: Sequence[Pair]) -> list[Pair]:
+    """All pairs on the same two responses, in either order, as one; see ``aggregate`` of :func:`load_pairs`.
+
+    Its margin is the weighted mean of the votes' that have one, a vote for the other side counting
+    against it.
+    """
     ballots: dict[tuple[str | None, str, str, str], list[Pair]] = {}
     for vote in votes:
         first, second = sorted((vote.chosen_ref, vote.rejected_ref))
@@ -194,9 +219,15 @@ def _merged(ballot: Sequence[Pair]) -> Pair:
     like = next((v for v in ballot if (v.chosen_ref == first) == chosen_is_first), None)
     if like is None:  # every vote is the other way round, and says so weakly (p_chosen below one half)
         like = _swapped(ballot[0])
+    margins = [
+        (vote.weight, vote.margin if (vote.chosen_ref == first) == chosen_is_first else -vote.margin)
+        for vote in ballot
+        if vote.margin is not None
+    ]
     return replace(
         like,
         p_chosen=share if chosen_is_first else 1.0 - share,
+        margin=sum(w * m for w, m in margins) / sum(w for w, _ in margins) if margins else None,
         weight=weight,
         group=min(vote.group for vote in ballot),
         annotators=tuple(dict.fromkeys(name for vote in ballot for name in vote.annotators)),
@@ -214,6 +245,7 @@ def _swapped(pair: Pair) -> Pair:
         rejected_ref=pair.chosen_ref,
         chosen_episode=pair.rejected_episode,
         rejected_episode=pair.chosen_episode,
+        margin=None if pair.margin is None else -pair.margin,
     )
 
 

@@ -1,4 +1,5 @@
-"""From judgements to pairs: comparison, ranking, ratings, edit, verdicts; and pairs of summed segments."""
+"""From judgements to pairs: comparison, ranking, ratings, reactions, edit, verdicts, outcomes; and pairs of
+summed segments."""
 
 from __future__ import annotations
 
@@ -13,8 +14,10 @@ from corrigible.records.items import TargetRef
 from corrigible.records.payloads import (
     Comparison,
     Edit,
+    Outcome,
     Ranking,
     Rating,
+    Reaction,
     SegmentPreference,
     Verdict,
 )
@@ -29,6 +32,7 @@ ORDINAL = "ordinal within annotator only"
 EDIT_FIXED = "the edit fixed what mattered"
 MIXTURE = "principle weights"
 ADDITIVE = "additive reward"
+EXACT = "verifier exact"
 
 
 def _pair(
@@ -139,6 +143,49 @@ def rating_pairs(records: Iterable[Feedback], *, min_gap: float | None = None) -
                 margin=gap,
                 derived_from=(better.id, worse.id),
             )
+
+
+def reaction_pairs(records: Iterable[Feedback]) -> Iterator[PairRow]:
+    """What somebody liked is better than what they disliked among the answers to one prompt."""
+    groups: dict[tuple[str, str], list[tuple[float, Feedback]]] = defaultdict(list)
+    for record in records:
+        if isinstance(record.payload, Reaction) and record.payload.value and record.context is not None:
+            groups[record.annotator.pseudonym, record.context].append((record.payload.value, record))
+    for judged in groups.values():
+        yield from _by_value(judged, assumption=ORDINAL, margins=False)
+
+
+def outcome_pairs(records: Iterable[Feedback]) -> Iterator[PairRow]:
+    """Of two answers to one prompt that the same verifier ran, the one with the higher score (else 1 or 0
+    for passed) is better; ``margin`` is by how much. Runs that ended in an error are left out."""
+    groups: dict[tuple[str, str], list[tuple[float, Feedback]]] = defaultdict(list)
+    for record in records:
+        payload = record.payload
+        if not isinstance(payload, Outcome) or record.context is None:
+            continue
+        value = payload.score if payload.score is not None else payload.passed
+        if value is not None:
+            groups[payload.verifier.to_json_text(), record.context].append((float(value), record))
+    for judged in groups.values():
+        yield from _by_value(judged, assumption=EXACT, margins=True)
+
+
+def _by_value(
+    judged: Iterable[tuple[float, Feedback]], *, assumption: str, margins: bool
+) -> Iterator[PairRow]:
+    for (value_a, a), (value_b, b) in combinations(judged, 2):
+        if value_a == value_b or a.targets[0].sha256 == b.targets[0].sha256:
+            continue
+        better, worse = (a, b) if value_a > value_b else (b, a)
+        yield _pair(
+            better,
+            better.targets[0],
+            worse.targets[0],
+            1.0,
+            assumption=assumption,
+            margin=abs(value_a - value_b) if margins else None,
+            derived_from=(better.id, worse.id),
+        )
 
 
 def edit_pairs(record: Feedback) -> Iterator[PairRow]:
