@@ -145,7 +145,12 @@ def reward(task: Task) -> Update:
         pooling="last",
         features=(),
         members=0,
-        batch_tokens=config.micro_batch_tokens,
+        # Reward models have a default of their own: without the output layer a token takes less memory.
+        batch_tokens=(
+            config.micro_batch_tokens
+            if "micro_batch_tokens" in config.model_fields_set
+            else RewardConfig.batch_tokens
+        ),
     )
     tuned = TunedReward(
         causal_backbone(settings.backbone, task.policy),
@@ -172,7 +177,7 @@ def reward(task: Task) -> Update:
         named = torch.zeros(len(texts), 0)
         return tuned.update(optimiser, [texts], named, pairs, lr=config.lr, max_gradient=config.max_grad_norm)
 
-    return Update(step, 0.0, {"micro_batch_tokens": config.micro_batch_tokens})
+    return Update(step, 0.0, {"batch_tokens": settings.batch_tokens})
 
 
 UPDATES: dict[str, Callable[[Task], Update]] = {"dpo": dpo, "reward": reward, "kto": kto, "grpo": grpo}

@@ -202,7 +202,7 @@ def losses(comparison: Comparison, folder: Path, *, model: str, data: str | None
             folder / algorithm,
             model=model,
             batches=comparison.steps,
-            batch_size=4,
+            batch_size=2,
             max_length=96,
             data=data,
             shape=Shape(0.5, 2, rows=8, row_tokens=48) if short else None,
