@@ -16,6 +16,8 @@ exactly to the output of the batch, however unevenly it was cut.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
@@ -29,8 +31,12 @@ __all__ = [
     "check_logps",
     "dpo_loss",
     "implicit_rewards",
+    "label_mean",
+    "minus_log_sigmoid",
     "per_item",
+    "smoothed",
     "soft_logistic",
+    "unflipped",
     "weighted_mean",
     "whole_weight",
     "widen",
@@ -67,7 +73,45 @@ def soft_logistic(difference: Tensor, p_chosen: Tensor) -> Tensor:
     Returns:
         ``(n,)`` losses >= 0.
     """
-    return -p_chosen * logsigmoid(difference) - (1.0 - p_chosen) * logsigmoid(-difference)
+    return label_mean(minus_log_sigmoid, difference, p_chosen)
+
+
+def minus_log_sigmoid(difference: Tensor) -> Tensor:
+    """``-log sigma(d)``: the logistic loss of a comparison that was won."""
+    return -logsigmoid(difference)
+
+
+def label_mean(
+    psi: Callable[[Tensor], Tensor], difference: Tensor, p_chosen: Tensor, margin: float | Tensor = 0.0
+) -> Tensor:
+    """What a comparison costs on average over its label, ``p psi(d - m) + (1 - p) psi(-d - m)``.
+
+    Every soft label goes through here. With ``p`` outside [0, 1] the average is that which labels flipped at
+    a known rate have without the flips (:func:`unflipped`).
+
+    Args:
+        psi: loss of a difference whose first side won.
+        difference: score of chosen minus score of rejected, ``(n,)``.
+        p_chosen: probability that the first side is the better one, ``(n,)``.
+        margin: what the difference must exceed, whichever side won.
+
+    Returns:
+        ``(n,)``.
+    """
+    return p_chosen * psi(difference - margin) + (1.0 - p_chosen) * psi(-difference - margin)
+
+
+def smoothed(p_chosen: Tensor, rate: float) -> Tensor:
+    """``p (1 - e) + (1 - p) e``: the label when a share ``e`` of labels is believed to be flipped (cDPO)."""
+    return p_chosen * (1.0 - rate) + (1.0 - p_chosen) * rate
+
+
+def unflipped(p_chosen: Tensor, rate: float | Tensor) -> Tensor:
+    """``(p - e) / (1 - 2 e)``: the inverse of :func:`smoothed`, which undoes flips at a known rate (rDPO).
+
+    Above 1 for a hard label: Chowdhury et al. 2024, "Provably Robust DPO" (arXiv:2403.00409).
+    """
+    return (p_chosen - rate) / (1.0 - 2.0 * rate)
 
 
 def weighted_mean(values: Tensor, weight: Tensor, denominator: float | Tensor) -> Tensor:
@@ -141,7 +185,7 @@ def dpo_loss(
     chosen = implicit_rewards(policy_chosen_logps, reference_chosen_logps, beta=beta)
     rejected = implicit_rewards(policy_rejected_logps, reference_rejected_logps, beta=beta)
     difference = chosen - rejected
-    target = label * (1.0 - label_smoothing) + (1.0 - label) * label_smoothing
+    target = smoothed(label, label_smoothing)
     loss = weighted_mean(soft_logistic(difference, target), weights, total)
 
     with torch.no_grad():
