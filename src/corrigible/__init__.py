@@ -21,7 +21,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from corrigible.align import DPOConfig, TrainConfig, train_dpo
+    from corrigible.align import DPOConfig, TrainConfig, train, train_dpo
     from corrigible.evaluate.evaluation import compare, evaluate_policy
     from corrigible.evaluate.win_rate import win_rate
     from corrigible.loop.gate import Gate
@@ -62,7 +62,7 @@ _HOME = {
     **dict.fromkeys(("export_file", "import_file"), "store.formats"),
     **dict.fromkeys(("generate", "load_policy"), "models"),
     **dict.fromkeys(("RewardConfig", "RewardModel", "fit_reward", "reward_report", "split"), "rewards"),
-    **dict.fromkeys(("DPOConfig", "TrainConfig", "train_dpo"), "align"),
+    **dict.fromkeys(("DPOConfig", "TrainConfig", "train", "train_dpo"), "align"),
     **dict.fromkeys(("compare", "evaluate_policy"), "evaluate.evaluation"),
     "win_rate": "evaluate.win_rate",
     "Gate": "loop.gate",
@@ -100,6 +100,7 @@ __all__ = [
     "load_policy",
     "reward_report",
     "split",
+    "train",
     "train_dpo",
     "win_rate",
 ]

@@ -1,7 +1,7 @@
 """How a policy moves: losses, the registry of algorithms, sources of examples, and the one trainer.
 
-    from corrigible.align import TrainConfig, train_dpo
-    version = train_dpo(pairs, "smollm2-135m", out="runs/dpo", config=TrainConfig(lr=1e-4))
+    from corrigible.align import TrainConfig, train
+    version = train("dpo", pairs, "smollm2-135m", out="runs/dpo", config=TrainConfig(lr=1e-4))
 
 - ``losses``: pure functions from log-probs to a loss; they know no model and no file. Those of one
   algorithm alone stand with it (``kto``, ``grpo``); ``advantages`` turns rewards into what answers are worth.
@@ -13,16 +13,18 @@
 - ``watch``: what is checked at every step that no loss would show (docs/guides/faults.md).
 - ``attribution``: who wrote every trained token, and why the policy and its sampler disagree.
 - ``implicit_reward``: what a trained policy prefers, tested on comparisons it has not seen.
-- ``dpo``: pairs to policy version in one call.
+- ``training``: feedback to policy version in one call, by any of them (``dpo``: by DPO); ``learnable``: what
+  an algorithm can learn from what is there.
 
 To add an algorithm, write its objective and decorate it; the trainer stays as it is.
 """
 
 from corrigible.align.advantages import group_advantages
 from corrigible.align.config import TrainConfig, learning_rate
-from corrigible.align.dpo import train_dpo, trained_on
+from corrigible.align.dpo import train_dpo
 from corrigible.align.groups import Asked, GroupExample, GroupSource, group_examples
 from corrigible.align.grpo import GRPOConfig, grpo_loss
+from corrigible.align.imitation import MFTConfig, OTRConfig, SFTConfig
 from corrigible.align.implicit_reward import ImplicitReward, implicit_reward_accuracy
 from corrigible.align.kto import KTOConfig, kto_loss
 from corrigible.align.losses import LossOutput, dpo_loss
@@ -37,7 +39,10 @@ from corrigible.align.registry import (
     get_algorithm,
 )
 from corrigible.align.sources import Behaviour, PairExample, PairSource, Source, Unusable
+from corrigible.align.token_loss import TokenTotals, token_loss
+from corrigible.align.tokens import TokenExample, TokenSource, demonstration_source
 from corrigible.align.trainer import Trainer, TrainResult
+from corrigible.align.training import make_source, train, trained_on
 from corrigible.align.unpaired import UnpairedExample, UnpairedSource
 
 __all__ = [
@@ -53,10 +58,16 @@ __all__ = [
     "ImplicitReward",
     "KTOConfig",
     "LossOutput",
+    "MFTConfig",
+    "OTRConfig",
     "PairExample",
     "PairSource",
+    "SFTConfig",
     "ScoredExamples",
     "Source",
+    "TokenExample",
+    "TokenSource",
+    "TokenTotals",
     "TrainConfig",
     "TrainResult",
     "Trainer",
@@ -64,6 +75,7 @@ __all__ = [
     "UnpairedSource",
     "Unusable",
     "algorithm",
+    "demonstration_source",
     "dpo_loss",
     "get_algorithm",
     "group_advantages",
@@ -72,7 +84,10 @@ __all__ = [
     "implicit_reward_accuracy",
     "kto_loss",
     "learning_rate",
+    "make_source",
     "reference_logprobs",
+    "token_loss",
+    "train",
     "train_dpo",
     "trained_on",
 ]

@@ -197,7 +197,6 @@ def measure(batch: ScoredExamples[UnpairedExample], config: KTOConfig) -> Refere
     signal="labelled",
     weight="judgement",
     config=KTOConfig,
-    learns_from={"reaction", "rating", "comparison", "ranking", "edit"},
     paper="Ethayarajh et al. 2024, Model Alignment as Prospect Theoretic Optimization (arXiv:2402.01306)",
     probes=mismatched_rows,
     measure=measure,

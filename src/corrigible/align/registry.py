@@ -30,7 +30,8 @@ from corrigible.align.sources import Example, PairExample, Source
 from corrigible.errors import BadInputError
 from corrigible.models import Rendered, Renderer
 from corrigible.models.scoring import RowScores
-from corrigible.records import Episode
+from corrigible.records import Episode, Message
+from corrigible.store.conversions import kinds_for
 
 E = TypeVar("E", bound=Example)
 C = TypeVar("C", bound="AlgorithmConfig")
@@ -133,6 +134,20 @@ class MakeSource(Protocol):
     ) -> Source: ...
 
 
+class Conditions(Protocol):
+    """What a policy was conditioned on in training, as a prefix that whoever uses it must give it."""
+
+    def to_json(self) -> Any: ...
+
+    def apply(self, messages: Sequence[Message], /) -> Sequence[Message]: ...
+
+
+class MakeServing(Protocol):
+    """From an algorithm's settings to what its policy must be given when it is used."""
+
+    def __call__(self, config: Any, /) -> Conditions | None: ...
+
+
 class Measure(Protocol):
     """What micro-batches must know of the whole batch.
 
@@ -166,6 +181,8 @@ class Algorithm:
         make_source: its source from such signals; ``None`` when it is the usual one of that kind.
         family: which table and which page it stands on (``"contrast"``, ``"tokens"``, ``"online"``).
         claim: id of the claim that tests its paper's headline (``"S188"``); empty when there is none.
+        serving: what stands before a prompt in training and must be there in use, by its settings; ``None``
+            when that is nothing.
     """
 
     name: str
@@ -183,6 +200,7 @@ class Algorithm:
     make_source: MakeSource | None = None
     family: str = "contrast"
     claim: str = ""
+    serving: MakeServing | None = None
 
 
 ALGORITHMS: dict[str, Algorithm] = {}
@@ -195,8 +213,8 @@ def algorithm(
     source: str,
     weight: str,
     config: type[AlgorithmConfig],
-    learns_from: Iterable[str],
     paper: str,
+    learns_from: Iterable[str] | None = None,
     needs_reference: bool = True,
     probes: Probes | None = None,
     measure: Measure | None = None,
@@ -204,8 +222,12 @@ def algorithm(
     make_source: MakeSource | None = None,
     family: str = "contrast",
     claim: str = "",
+    serving: MakeServing | None = None,
 ) -> Callable[[Objective], Objective]:
     """Register the decorated objective under ``name``; its docstring becomes the entry's ``doc``.
+
+    The arguments are the attributes of :class:`Algorithm`. ``learns_from`` need not be given: an algorithm
+    learns from all kinds that its signal is made of.
 
     Raises:
         BadInputError: the name is taken, or the objective has no docstring.
@@ -225,7 +247,7 @@ def algorithm(
             weight=weight,
             objective=objective,
             config=config,
-            learns_from=frozenset(learns_from),
+            learns_from=kinds_for(signal) if learns_from is None else frozenset(learns_from),
             needs_reference=needs_reference,
             paper=paper,
             doc=doc,
@@ -235,6 +257,7 @@ def algorithm(
             make_source=make_source,
             family=family,
             claim=claim,
+            serving=serving,
         )
         return objective
 
@@ -254,8 +277,8 @@ def get_algorithm(name: str) -> Algorithm:
     return ALGORITHMS[name]
 
 
-PAIR_KINDS = frozenset({"comparison", "ranking", "rating", "reaction", "edit"})
-"""Feedback kinds from which :mod:`corrigible.records.views` derives pairs."""
+PAIR_KINDS = kinds_for("pairs")
+"""Feedback kinds of which pairs are made."""
 
 
 class DPOConfig(AlgorithmConfig):
@@ -274,7 +297,6 @@ class DPOConfig(AlgorithmConfig):
     source="pairs",
     weight="judgement",
     config=DPOConfig,
-    learns_from=PAIR_KINDS,
     paper="Rafailov et al. 2023, Direct Preference Optimization (arXiv:2305.18290); cDPO: Mitchell 2023",
 )
 def dpo(batch: ScoredExamples[PairExample], config: DPOConfig) -> LossOutput:

@@ -106,8 +106,9 @@ class Trainer:
         algorithm_config: the algorithm's settings; its defaults when absent.
         out: folder of the run: ``checkpoints/``, ``reference.safetensors``, ``metrics.jsonl`` and
             at the end ``adapter/`` (or ``model/``).
-        held_out: examples that are never trained on; the reference pass scores them as well, because
-            afterwards the policy no longer is what it was (see ``reference``).
+        held_out: examples that are never trained on; the reference pass scores them as well (for an algorithm
+            without reference, them alone), because afterwards the policy no longer is what it was (see
+            ``held_out_reference``).
         reference_policy: hold the policy near this one instead of near its own start.
         behaviour_weights: sha256 of the weights of policy versions by id, to take log-probs that
             were recorded at sampling for reference log-probs when the weights are the same.
@@ -151,6 +152,7 @@ class Trainer:
         self.bus = bus or current_bus()
         self.world = join()
         self.reference: ReferenceLogprobs | None = None
+        self.held_out_reference: ReferenceLogprobs | None = None
         self.score: Scorer | None = None
         self.parameters = {name: p for name, p in policy.model.named_parameters() if p.requires_grad}
         if not self.parameters:
@@ -492,15 +494,17 @@ class Trainer:
         }
 
     def _prepare_reference(self) -> None:
-        if not (self.algorithm.needs_reference and self.algorithm_config.uses_reference):
+        needed = self.algorithm.needs_reference and self.algorithm_config.uses_reference
+        if not needed and self.held_out is None:
             return
         policy = self.reference_policy or self.policy
-        probes = _Rows(tuple(self._all_probes()))
+        probes = _Rows(tuple(self._all_probes()) if needed else ())
         _check_rows(probes.rows, self.policy, self.reference_policy)
+        held_out = self.held_out.examples if self.held_out is not None else []
         try:
-            self.reference = reference_logprobs(
+            found = reference_logprobs(
                 policy,
-                [*self.source.examples, *(self.held_out.examples if self.held_out else []), probes],
+                [*self.source.examples, *held_out, probes] if needed else held_out,
                 mode="start" if self.reference_policy else self.config.reference,
                 micro_batch_tokens=self.config.micro_batch_tokens,
                 cache=self._reference_file,
@@ -516,6 +520,8 @@ class Trainer:
                 "Interrupted while scoring with the reference; what was scored is kept.",
                 advice=self.resume_hint,
             ) from stopped
+        self.reference = found if needed else None
+        self.held_out_reference = found if self.held_out is not None else None
 
     @property
     def _reference_file(self) -> Path:

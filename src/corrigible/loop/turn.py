@@ -281,7 +281,7 @@ class Turn:
         pairs: list[Pair],
     ) -> PolicyVersion:
         from corrigible.align import DPOConfig, TrainConfig, train_dpo
-        from corrigible.align.dpo import lineage
+        from corrigible.align.training import lineage
 
         config = TrainConfig(
             epochs=self.config.epochs,
