@@ -1,4 +1,4 @@
-"""``corrigible train dpo`` as a user meets it."""
+"""``corrigible train`` as a user meets it: DPO, and what every other algorithm has in common with it."""
 
 from __future__ import annotations
 
@@ -12,16 +12,17 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner, Result
 
+from corrigible.align import ALGORITHMS
 from corrigible.cli import app
-from corrigible.cli.train import dpo
+from corrigible.cli.train import FAMILIES, algorithm_commands
 from corrigible.records import Annotator, comparison
 from corrigible.store import Store
 
 SMALL = ["--model", "tiny-random", "--lora-rank", "4", "--batch-size", "4"]
 
 
-def invoke(*arguments: str | Path) -> Result:
-    return CliRunner().invoke(app, ["train", "dpo", *map(str, arguments)], prog_name="corrigible")
+def invoke(*arguments: str | Path, algorithm: str = "dpo") -> Result:
+    return CliRunner().invoke(app, ["train", algorithm, *map(str, arguments)], prog_name="corrigible")
 
 
 def fill(path: Path, prompts: int = 12) -> Path:
@@ -212,17 +213,159 @@ def test_ctrl_c_exits_130_with_the_command_to_go_on(tmp_path: Path, monkeypatch:
     assert resumed.exit_code == 0, resumed.output
 
 
-def test_defaults_of_the_command_are_those_of_the_library() -> None:
+@pytest.mark.parametrize("name", [name for name, entry in ALGORITHMS.items() if entry.signal != "groups"])
+def test_defaults_of_the_command_are_those_of_the_library(name: str) -> None:
     import inspect
 
-    from corrigible.align import DPOConfig, TrainConfig
+    from corrigible.align import TrainConfig, train
 
-    options = {
-        name: p.default.default
-        for name, p in inspect.signature(dpo).parameters.items()
-        if name != "ctx" and name != "json"
-    }
-    for config in (TrainConfig(), DPOConfig()):
-        for name, value in config.model_dump().items():
-            if name in options and name != "steps":
-                assert options[name] == value, name
+    options = {parameter.name: parameter for parameter in algorithm_commands()[name].params}
+    for config in (TrainConfig, ALGORITHMS[name].config):
+        for field, info in config.model_fields.items():
+            option = options.get(field) or options[f"{name.replace('-', '_')}_{field}"]
+            default = info.get_default(call_default_factory=True)
+            if isinstance(default, bool | int | float | str):
+                assert option.default == default, field
+            assert option.help, field
+    library = inspect.signature(train).parameters
+    for field in ("lora_rank", "max_length", "model", "split"):
+        assert options[field].default == library[field].default, field
+
+
+# -- every algorithm ------------------------------------------------------------------------------------
+
+
+def test_help_lists_every_algorithm_by_family() -> None:
+    result = CliRunner().invoke(app, ["train", "--help"], prog_name="corrigible", env={"COLUMNS": "200"})
+    assert result.exit_code == 0, result.output
+    shown = result.stdout
+    assert "│ reward " in shown
+    for family, heading in FAMILIES.items():
+        names = [name for name, entry in ALGORITHMS.items() if entry.family == family]
+        panel = shown.partition(heading)[2].partition("╰")[0] if names else ""
+        for name in names:
+            assert f"│ {name} " in panel, f"{name} is not under {heading!r}"
+    assert {entry.family for entry in ALGORITHMS.values()} <= set(FAMILIES)
+
+
+def test_reward_needs_no_registry() -> None:
+    import subprocess
+    import sys
+
+    code = (
+        "import sys; from corrigible.cli import app; "
+        "app(['train', 'reward', '--help'], standalone_mode=False); "
+        "print([name for name in ('torch', 'corrigible.align') if name in sys.modules], file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr.strip() == "[]"
+
+
+def test_an_unknown_algorithm_is_wrong_usage_and_the_nearest_is_named() -> None:
+    result = CliRunner().invoke(app, ["train", "kdo", "--out", "x"], prog_name="corrigible")
+    assert result.exit_code == 2 and "kto" in result.output
+
+
+def thumbs(path: Path, count: int = 8) -> Path:
+    """A store of thumbs up and down, each on another answer."""
+    from corrigible.records import Feedback, Item, TargetRef
+
+    with Store.open(path) as store:
+        for number in range(count):
+            question = Item.of_text(f"Question {number}?", "prompt")
+            answer = Item.of_text(f"Answer {number}.", "response")
+            record = Feedback.model_validate(
+                {
+                    "targets": [TargetRef(sha256=answer.sha256, type="response")],
+                    "context": question.sha256,
+                    "annotator": Annotator(pseudonym="ada", type="human"),
+                    "payload": {"kind": "reaction", "value": 1 if number % 2 else -1},
+                }
+            )
+            store.add_feedback([record], [question, answer])
+    return path
+
+
+def test_kto_learns_from_thumbs_and_says_so(tmp_path: Path) -> None:
+    store = thumbs(tmp_path / "s.db")
+    arguments = ["--store", store, "--out", tmp_path / "run", "--steps", "2", *SMALL]
+    result = invoke(*arguments, "--undesirable-weight", "1.5", "--json", algorithm="kto")
+    assert result.exit_code == 0, result.output
+    said = json.loads(result.stdout)
+    assert said["learns_from"] == "labelled" and said["train_signals"] == 8
+    assert said["held_out_pairs"] == 0 and said["implicit_reward_accuracy"] is None
+    assert said["policy"]["algorithm"] == "kto"
+    assert said["policy"]["config"]["kto"]["undesirable_weight"] == 1.5
+    assert said["policy"]["trained_on"]["feedback"] == 8
+    shown = invoke(*arguments, "--undesirable-weight", "1.5", "--resume", algorithm="kto")
+    assert shown.exit_code == 0 and "trained on   8 answers from 8 judgements" in shown.stdout
+
+
+def test_kto_on_comparisons_is_measured_on_those_held_out(tmp_path: Path) -> None:
+    store = fill(tmp_path / "s.db")
+    arguments = ["--store", store, "--out", tmp_path / "run", "--steps", "2", *SMALL]
+    result = invoke(*arguments, "--json", algorithm="kto")
+    assert result.exit_code == 0, result.output
+    said = json.loads(result.stdout)
+    held_out = said["held_out_pairs"]
+    assert held_out > 0 and said["implicit_reward_accuracy"]["n"] <= held_out
+    # Three votes a pair, on two answers: what is learnt from is on the other pairs alone.
+    assert said["policy"]["trained_on"]["feedback"] == 3 * (12 - held_out)
+
+
+def test_what_a_store_holds_and_who_can_use_it(tmp_path: Path) -> None:
+    result = invoke("--store", thumbs(tmp_path / "s.db"), "--out", tmp_path / "run", *SMALL, "--json")
+    assert result.exit_code == 3
+    told = json.loads(result.stdout)["error"]
+    assert "it holds 8 reaction" in told["message"] and "no comparisons" in told["message"]
+    assert "kto" in told["advice"]
+
+
+def test_the_online_one_says_what_it_needs() -> None:
+    result = invoke(algorithm="grpo")
+    assert result.exit_code == 3 and "GroupSource" in result.output
+    shown = CliRunner().invoke(app, ["train", "grpo", "--help"], prog_name="corrigible")
+    assert shown.exit_code == 0 and "no command for it yet" in " ".join(shown.stdout.split())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "says"),
+    [
+        (["--desirable-weight", "-1"], 2, "--desirable-weight"),
+        (["--beta", "0"], 3, "--beta: Input should be greater than 0"),
+        (["--label-smoothing", "0.1"], 2, "--label-smoothing"),
+        (["--schedule", "zigzag"], 3, "--schedule"),
+    ],
+)
+def test_options_of_one_algorithm_are_its_own(
+    tmp_path: Path, arguments: list[str], code: int, says: str
+) -> None:
+    result = invoke("--out", tmp_path / "run", *SMALL, *arguments, algorithm="kto")
+    assert result.exit_code == code, result.output
+    assert says in " ".join(result.output.split())
+
+
+def test_the_command_to_go_on_repeats_what_was_typed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from corrigible.align import Trainer
+    from corrigible.align.interrupts import Stopped
+
+    def stop(self: Trainer, number: int) -> dict[str, float]:
+        raise Stopped
+
+    monkeypatch.setattr(Trainer, "_step", stop)
+    store = thumbs(tmp_path / "s.db")
+    typed = [
+        "--store",
+        str(store),
+        "--out",
+        str(tmp_path / "run"),
+        "--betas",
+        "0.8",
+        "0.95",
+        "--no-share-prompts",
+    ]
+    result = invoke(*typed, "--model", "tiny-random", algorithm="kto")
+    assert result.exit_code == 130, result.output
+    flat = result.output.replace("\n", "").replace(" ", "")
+    for words in ("corrigible train kto", "--betas 0.8 0.95", "--no-share-prompts", "--resume"):
+        assert words.replace(" ", "") in flat, words

@@ -24,11 +24,14 @@ from corrigible.cli import console as _console
 from corrigible.cli.console import error_console, examples, print_json
 from corrigible.errors import BadInputError, CorrigibleError, Interrupted, StorageError, is_out_of_memory
 
-MODULES = ("demo", "data", "show", "generate", "judge", "train", "evaluate", "policies", "claims", "doctor")
+MODULES = (
+    *("demo", "data", "show", "generate", "judge", "train", "algorithms", "evaluate"),
+    *("policies", "claims", "doctor"),
+)
 
 # The order of --help: that of the loop.
 ORDER = (
-    *("demo", "import", "export", "show", "generate", "judge", "train", "evaluate"),
+    *("demo", "import", "export", "show", "generate", "judge", "train", "algorithms", "evaluate"),
     *("policies", "lineage", "promote", "claims", "doctor"),
 )
 
