@@ -123,7 +123,8 @@ def run(module: str, arguments: Sequence[str], *, timeout: float | None = None) 
         env=os.environ | {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"},
     )
     if done.returncode != 0:
-        raise RuntimeError(f"{module} {' '.join(arguments)} failed:\n{done.stderr[-4000:]}")
+        how = "was killed (out of memory?)" if done.returncode == -9 else f"failed with {done.returncode}"
+        raise RuntimeError(f"{module} {' '.join(arguments)} {how}:\n{done.stderr[-4000:]}")
     return Measurement(**json.loads(done.stdout.splitlines()[-1]))
 
 
