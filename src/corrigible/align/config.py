@@ -7,6 +7,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from corrigible.align.schedules import Schedule, warmed_up
 from corrigible.models.optimiser import MasterWeights, Moments
 
 ReferenceMode = Literal["start", "base"]
@@ -37,8 +38,23 @@ class TrainConfig(BaseModel):
     lr: float = Field(
         1e-4, gt=0, description="Peak learning rate; about 1e-4 for LoRA, 1e-6 for full fine-tuning."
     )
-    schedule: Literal["constant", "linear", "cosine"] = Field(
-        "linear", description="Decay of the learning rate after warm-up, to 0 at the last step."
+    schedule: Schedule = Field(
+        "linear",
+        description="Decay of the learning rate after warm-up: `constant`, `linear`, `cosine`, `step` (a "
+        "tenth from the middle on, a hundredth in the last quarter), `exponential`, `inverse_sqrt`, `uba`.",
+    )
+    schedule_floor: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="What the decay falls to one step after the last, as a share of the peak; 0.01 stands "
+        "for 0 in `exponential`.",
+    )
+    phi: float = Field(
+        2.5,
+        gt=0,
+        description="Shape of the `uba` schedule: 2 is the cosine, less holds the rate high and drops late, "
+        "more falls early.",
     )
     warmup: float = Field(0.1, ge=0, le=1, description="Share of the steps over which the rate rises from 0.")
     betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW's decay rates.")
@@ -77,16 +93,16 @@ class TrainConfig(BaseModel):
 def learning_rate(step: int, total: int, config: TrainConfig) -> float:
     """The learning rate of step ``step`` (from 0) of ``total``: linear warm-up, then the schedule.
 
-    The first step already moves, and so does the last: the decay reaches 0 one step after it.
+    The first step already moves, and so does the last: the decay reaches its end one step after it
+    (:mod:`corrigible.align.schedules`).
     """
     warmup = math.ceil(config.warmup * total) if config.warmup else 0
-    if step < warmup:
-        return config.lr * (step + 1) / (warmup + 1)
-    share = (step - warmup) / max(total - warmup, 1)
-    match config.schedule:
-        case "constant":
-            return config.lr
-        case "linear":
-            return config.lr * (1.0 - share)
-        case "cosine":
-            return config.lr * 0.5 * (1.0 + math.cos(math.pi * share))
+    return warmed_up(
+        step,
+        total,
+        peak=config.lr,
+        warmup=warmup,
+        schedule=config.schedule,
+        floor=config.schedule_floor,
+        phi=config.phi,
+    )
