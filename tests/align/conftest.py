@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import random
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -12,6 +14,9 @@ from corrigible.align import PairSource
 from corrigible.models import LanguagePolicy, load_policy
 from corrigible.records import Message
 from corrigible.store import Pair
+
+# The tests are imported one by one, not as a package; this lets them share their oracles.
+sys.path.insert(0, str(Path(__file__).parent))
 
 WORDS = ["amber", "birch", "cedar", "delta", "ember", "fjord", "grove", "heath", "inlet", "jetty"]
 

@@ -373,6 +373,157 @@ def test_divergence_of_layers_that_do_not_fit() -> None:
     assert apart((a[0][:0], a[1], None), (b[0][:0], b[1], None)).shape == (0,)
 
 
+# -- expected log-probs ---------------------------------------------------------------------------
+
+DRAWN = [1.0, 1.3, 0.4, math.inf]
+"""Temperatures of the sampling policy; at infinity every token is as likely as any other."""
+
+
+def drawn_by_hand(
+    layer: Layer, targets: Tensor, temperature: float, drawn: float
+) -> tuple[list[Tensor], list[Tensor]]:
+    """``e = sum_a q(a) log p(a)``, ``log q(y)``, and the slopes of ``sum_t a_t e_t + c_t log p_t(y)``.
+
+    By the chain rule over every ``a``: ``d log p_a / dz_j = ([a = j] - p_j) / T`` with ``q`` a constant.
+    """
+    hidden, weight, bias = layer
+    vocabulary = len(weight)
+    scale, other = (x.tolist() for x in weights_of(len(hidden)))
+    values, sampling = [], []
+    grads = [torch.zeros_like(x) for x in (hidden, weight, torch.zeros(vocabulary).double())]
+    for t in range(len(hidden)):
+        logp = log_softmax_by_hand(layer, t, temperature)
+        even = [-math.log(vocabulary)] * vocabulary
+        logq = even if math.isinf(drawn) else log_softmax_by_hand(layer, t, drawn)
+        p, q, y = [math.exp(x) for x in logp], [math.exp(x) for x in logq], int(targets[t])
+        values.append(sum(a * b for a, b in zip(q, logp, strict=True)))
+        sampling.append(logq[y])
+        for j in range(vocabulary):
+            slope = sum(scale[t] * q[a] * ((a == j) - p[j]) for a in range(vocabulary))
+            slope = (slope + other[t] * ((j == y) - p[j])) / temperature
+            grads[0][t] += slope * weight[j]
+            grads[1][j] += slope * hidden[t]
+            grads[2][j] += slope
+    columns = [torch.tensor(x, dtype=torch.float64) for x in (values, sampling)]
+    return columns, grads if bias is not None else grads[:2]
+
+
+@pytest.mark.parametrize("drawn", DRAWN)
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("bias", [False, True], ids=["no bias", "bias"])
+@pytest.mark.parametrize("size", [1, 1000, 1 << 30], ids=["row by row", "blocks", "one block"])
+def test_expected_log_probs_equal_their_equation(
+    drawn: float, temperature: float, bias: bool, size: int
+) -> None:
+    hidden, weight, targets, b = problem(11, 19, 3, 11)
+    layer = hidden / 2, weight, b if bias else None
+    columns, slopes = drawn_by_hand(layer, targets, temperature, drawn)
+    for dtype in DTYPES:
+        leaves = [None if x is None else x.to(dtype, copy=True).requires_grad_() for x in layer]
+        found = score(
+            leaves[0],
+            leaves[1],
+            targets,
+            bias=leaves[2],
+            temperature=temperature,
+            expected_at=drawn,
+            block_bytes=size,
+        )
+        assert found.expected is not None and found.sampling_logprobs is not None
+        assert found.expected.dtype == (dtype if dtype == torch.float64 else torch.float32)
+        assert not found.sampling_logprobs.requires_grad and found.entropy is None
+        assert_close([found.expected.detach(), found.sampling_logprobs], columns, TOLERANCE[dtype])
+        a, c = weights_of(19)
+        (found.expected.double() * a + found.logprobs.double() * c).sum().backward()
+        assert_close([x.grad for x in leaves if x is not None], slopes, TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("entropy", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+def test_expected_log_probs_pass_gradcheck(entropy: bool, bias: bool) -> None:
+    """Uniform draws do not move with the policy, so finite differences see what the backward pass does."""
+    hidden, weight, targets, b = problem(12, 6, 3, 7)
+    leaves = [x.requires_grad_() for x in (hidden, weight, *([b] if bias else []))]
+
+    def function(hidden: Tensor, weight: Tensor, one: Tensor | None = None) -> tuple[Tensor, ...]:
+        found = score(
+            hidden,
+            weight,
+            targets,
+            bias=one,
+            temperature=0.7,
+            entropy=entropy,
+            expected_at=math.inf,
+            block_bytes=2 * 7 * 8,
+        )
+        assert found.expected is not None
+        return (found.logprobs, found.expected, *([] if found.entropy is None else [found.entropy]))
+
+    assert torch.autograd.gradcheck(function, leaves)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_200_ragged_shapes_of_expected_log_probs_agree_with_torch(dtype: torch.dtype) -> None:
+    rng = random.Random(3)
+    for case in range(200):
+        rows, width, vocabulary = rng.randint(1, 70), rng.randint(1, 40), rng.randint(2, 90)
+        hidden, weight, targets, b = problem(case, rows, width, vocabulary)
+        given = hidden / math.sqrt(width), weight, b if rng.random() < 0.3 else None
+        temperature, drawn, entropy = rng.choice([1.0, 0.3, 1.7]), rng.choice(DRAWN), rng.random() < 0.5
+
+        def total(values: list[Tensor]) -> Tensor:
+            a, c = weights_of(len(values[0]))
+            return sum((v.double() * w).sum() for v, w in zip(values, (a, c, a * c), strict=False))  # type: ignore[return-value]
+
+        leaves = [None if x is None else x.to(dtype, copy=True).requires_grad_() for x in given]
+        found = score(
+            leaves[0],
+            leaves[1],
+            targets,
+            bias=leaves[2],
+            temperature=temperature,
+            entropy=entropy,
+            expected_at=drawn,
+            block_bytes=rng.choice([1, 3000, 1 << 30]),
+        )
+        mine = [x for x in (found.expected, found.logprobs, found.entropy) if x is not None]
+        total(mine).backward()
+        plain = [None if x is None else x.clone().requires_grad_() for x in given]
+        logits = torch.nn.functional.linear(plain[0], plain[1], plain[2])
+        every, q = (logits / temperature).log_softmax(dim=-1), (logits.detach() / drawn).softmax(dim=-1)
+        theirs = [(q * every).sum(dim=-1), every.gather(-1, targets[:, None])[:, 0]]
+        theirs += [-(every.exp() * every).sum(dim=-1)] if entropy else []
+        total(theirs).backward()
+        assert_close(
+            [x.detach() for x in mine] + [x.grad for x in leaves if x is not None],
+            [x.detach() for x in theirs] + [x.grad for x in plain if x is not None],
+            TOLERANCE[dtype],
+        )
+
+
+def test_drawn_from_itself_the_expected_log_prob_is_minus_the_entropy_and_has_no_slope() -> None:
+    hidden, weight, targets, _ = problem(13, 9, 4, 13)
+    hidden.requires_grad_()
+    found = score(hidden, weight, targets, temperature=0.7, entropy=True, expected_at=0.7)
+    assert found.expected is not None and found.entropy is not None
+    torch.testing.assert_close(found.expected, -found.entropy)
+    torch.testing.assert_close(found.sampling_logprobs, found.logprobs.detach())
+    found.expected.sum().backward()
+    assert float(hidden.grad.abs().max()) < 1e-14
+
+
+def test_expected_log_probs_of_certain_distributions_are_finite() -> None:
+    """Logits of 10,000: the draws are certain, or a third of them meet what the policy never says."""
+    eye, hidden = torch.eye(3), torch.tensor([[1e4, 0.0, -1e4]])
+    for drawn, expected in ((1.0, 0.0), (2.0, 0.0), (math.inf, -(1e4 + 2e4) / 3)):
+        leaf = hidden.clone().requires_grad_()
+        found = score(leaf, eye, torch.tensor([0]), expected_at=drawn)
+        assert found.expected is not None
+        found.expected.sum().backward()
+        assert float(found.expected.detach()) == pytest.approx(expected, rel=1e-6)
+        assert bool(leaf.grad.isfinite().all())
+
+
 # -- the likeliest tokens -------------------------------------------------------------------------
 
 
@@ -428,7 +579,7 @@ class Largest(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize("what", ["score", "entropy", "divergence", "top-k"])
+@pytest.mark.parametrize("what", ["score", "entropy", "expected", "divergence", "top-k"])
 def test_float32_is_never_wider_than_a_stripe(what: str) -> None:
     rows, width, vocabulary = 64, 4, 1009
     hidden, weight, targets, _ = problem(6, rows, width, vocabulary)
@@ -440,7 +591,18 @@ def test_float32_is_never_wider_than_a_stripe(what: str) -> None:
         elif what == "divergence":
             apart(layer, layer, block_bytes=size).sum().backward()
         else:
-            found = score(hidden, weight, targets, entropy=what == "entropy", block_bytes=size, keep_bytes=0)
-            (found.logprobs if found.entropy is None else found.entropy).sum().backward()
+            drawn = 1.3 if what == "expected" else None
+            found = score(
+                hidden,
+                weight,
+                targets,
+                entropy=what == "entropy",
+                expected_at=drawn,
+                block_bytes=size,
+                keep_bytes=0,
+            )
+            read = {"score": found.logprobs, "entropy": found.entropy, "expected": found.expected}[what]
+            assert read is not None
+            read.sum().backward()
     assert STRIPE * vocabulary >= seen.wide > 0
     assert seen.any <= 20 * vocabulary, "logits of one block, and of no more rows"

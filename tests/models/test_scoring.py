@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
@@ -340,6 +341,79 @@ def test_an_adapter_on_the_output_layer_counts(kind: str) -> None:
     a = gradients(policy, [*found.logprobs, *found.entropies])
     b = [*(chosen(policy, row, 0.8) for row in ROWS), *(-(t * t.exp()).sum(dim=-1) for t in tables)]
     assert_same_gradient(a, gradients(policy, b))
+
+
+# -- expected log-probs, and inputs that are not what is predicted -----------------------------------
+
+
+@pytest.mark.parametrize("drawn", [1.0, 1.3, math.inf])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_expected_log_probs_are_those_of_the_whole_table(
+    scorer: Scorer, drawn: float, temperature: float
+) -> None:
+    found = scorer.scores(examples(), temperature=temperature, expected_at=drawn, entropy=True)
+    assert found.expected is not None and found.sampling_logprobs is not None
+    plain = scorer(examples(), temperature=temperature)
+    with torch.no_grad():
+        for number, row in enumerate(ROWS):
+            every = table(scorer.policy, row, temperature)
+            q = table(scorer.policy, row, drawn).exp()  # logits / infinity are all alike
+            torch.testing.assert_close(found.expected[number], (q * every).sum(dim=-1), atol=3e-5, rtol=1e-5)
+            wanted = q.log().gather(-1, torch.tensor([row.ids[i] for i in row.scored])[:, None])[:, 0]
+            torch.testing.assert_close(found.sampling_logprobs[number], wanted, atol=3e-5, rtol=1e-5)
+            torch.testing.assert_close(found.logprobs[number], plain[number], atol=1e-6, rtol=0)
+    assert scorer.scores(examples()).expected is None
+    assert scorer.scores(examples()).sampling_logprobs is None
+    for wrong in (0.0, -1.0, math.nan):
+        with pytest.raises(BadInputError, match="expected_at is"):
+            scorer.scores(examples(), expected_at=wrong)
+
+
+@pytest.mark.parametrize("drawn, entropy", [(1.4, False), (math.inf, True)])
+@pytest.mark.parametrize("way", [*PATHS, "layers computed again"])
+def test_gradients_of_expected_log_probs(way: str, drawn: float, entropy: bool) -> None:
+    policy = load_policy("tiny-random", dtype="float32", device="cpu")
+    with path(policy, way if way in PATHS else "packed"):
+        scorer = Scorer(policy, checkpoint_layers=way == "layers computed again")
+        found = scorer.scores(examples(), grad=True, temperature=0.8, expected_at=drawn, entropy=entropy)
+        assert found.expected is not None and found.sampling_logprobs is not None
+        assert not any(values.requires_grad for values in found.sampling_logprobs)
+        a = gradients(policy, [*found.expected, *found.logprobs, *(found.entropies or [])])
+    tables = [table(policy, row, 0.8) for row in ROWS]
+    draws = [table(policy, row, drawn).detach().exp() for row in ROWS]
+    wanted = [(q * t).sum(dim=-1) for q, t in zip(draws, tables, strict=True)]
+    wanted += [chosen(policy, row, 0.8) for row in ROWS]
+    wanted += [-(t * t.exp()).sum(dim=-1) for t in tables] if entropy else []
+    assert_same_gradient(a, gradients(policy, wanted))
+
+
+def corrupted(row: Rendered, every: int) -> Rendered:
+    inputs = tuple(9 if i % every == 1 else token for i, token in enumerate(row.ids))
+    return replace(row, inputs=inputs)
+
+
+@pytest.mark.parametrize("share", [True, False])
+def test_what_is_read_may_differ_from_what_is_predicted(scorer: Scorer, share: bool) -> None:
+    """Rows that are read alike share that, whatever they are to predict."""
+    prompt = list(range(60, 90))
+    first, second = Rendered.from_tokens(prompt, [5, 6, 7]), Rendered.from_tokens(prompt, [8, 9, 7])
+    pair = [replace(first, inputs=(*prompt, 5, 3, 7)), replace(second, inputs=(*prompt, 5, 3, 7))]
+    groups = [[corrupted(row, 3) for row in group] for group in examples()] + [pair]
+    rows = [row for group in groups for row in group]
+    scorer.share = scorer.share and share
+    found = scorer(groups)
+    with torch.no_grad():
+        for values, row in zip(found, rows, strict=True):
+            assert row.inputs is not None and row.inputs != row.ids
+            logits = scorer.policy.network(input_ids=torch.tensor([row.inputs]), use_cache=False).logits[0]
+            every = logits.log_softmax(dim=-1)
+            wanted = torch.stack([every[i - 1, row.ids[i]] for i in row.scored])
+            torch.testing.assert_close(values, wanted, atol=2e-5, rtol=0)
+    if scorer.share:
+        assert scorer.size(pair) == len(prompt) + 2  # the two are read alike to the end
+    unknown = replace(first, inputs=(*prompt, 5, 259, 7))
+    with pytest.raises(BadInputError, match="token id 259"):
+        scorer([[unknown]])
 
 
 # -- last states ----------------------------------------------------------------------------------
