@@ -13,6 +13,8 @@
 - ``watch``: what is checked at every step that no loss would show (docs/guides/faults.md).
 - ``attribution``: who wrote every trained token, and why the policy and its sampler disagree.
 - ``implicit_reward``: what a trained policy prefers, tested on comparisons it has not seen.
+- ``schedules``: how the learning rate falls. ``curriculum``: easy examples first. ``candidates``: which
+  sampled answers to keep and to compare. ``credit``: which tokens a preference was about.
 - ``training``: feedback to policy version in one call, by any of them (``dpo``: by DPO); ``learnable``: what
   an algorithm can learn from what is there.
 
