@@ -225,6 +225,28 @@ def test_train_dpo_is_train_with_dpo(tmp_path: Path, make_policy: Callable, make
     assert first.scores["implicit_reward_accuracy"] == second.scores["implicit_reward_accuracy"]
 
 
+def test_an_entry_says_how_its_signals_are_loaded(tmp_path: Path) -> None:
+    """What is marked as wrong is left out by most, and pushed down by the one that can."""
+    answer = Item.of_text("Good words, bad words.", "response")
+    marked = Feedback.model_validate(
+        {
+            "targets": [TargetRef(sha256=answer.sha256, type="response")],
+            "annotator": ADA,
+            "payload": {
+                "kind": "spans",
+                "spans": [{"start": 12, "end": 21, "label": "wrong", "severity": 3, "polarity": -1}],
+                "exhaustive": True,
+            },
+        }
+    )
+    with Store.open(tmp_path / "s.db") as store:
+        store.add_feedback([marked], [answer])
+        [kept] = load_for(store, ALGORITHMS["sft"])
+        [pushed] = load_for(store, ALGORITHMS["unlikelihood-tokens"])
+    assert [span[:2] for span in kept.spans] == [span[:2] for span in pushed.spans] == [(12, 21)]
+    assert kept.spans[0][2] == 0.0 and pushed.spans[0][2] == -1.0
+
+
 # -- what is held out -----------------------------------------------------------------------------------
 
 

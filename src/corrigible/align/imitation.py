@@ -294,6 +294,7 @@ def _signed_totals(batch: ScoredExamples[TokenExample], config: UnlikelihoodToke
     needs_reference=False,
     measure=_signed_totals,
     make_source=from_demonstrations("signed"),
+    loads={"bad_spans": "push_down"},
 )
 def unlikelihood_tokens(batch: ScoredExamples[TokenExample], config: UnlikelihoodTokensConfig) -> LossOutput:
     """Imitate what is marked as good and push down, token by token, what is marked as bad.

@@ -42,7 +42,8 @@ def load_for(store: Store, algorithm: Algorithm, *, criterion: str | None = None
             is about is not in the store.
     """
     check_offline(algorithm)
-    return load_signals(store, algorithm.signal, aggregate=True, criterion=criterion)
+    options = {"aggregate": True, **algorithm.loads}
+    return load_signals(store, algorithm.signal, criterion=criterion, **options)
 
 
 def check_offline(algorithm: Algorithm) -> None:

@@ -18,7 +18,7 @@ counts are such measures.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Generic, Literal, Protocol, TypeVar
 
 import torch
@@ -183,6 +183,7 @@ class Algorithm:
         claim: id of the claim that tests its paper's headline (``"S188"``); empty when there is none.
         serving: what stands before a prompt in training and must be there in use, by its settings; ``None``
             when that is nothing.
+        loads: options of :func:`corrigible.store.conversions.load_signals` that its signals are loaded with.
     """
 
     name: str
@@ -201,6 +202,7 @@ class Algorithm:
     family: str = "contrast"
     claim: str = ""
     serving: MakeServing | None = None
+    loads: Mapping[str, Any] = field(default_factory=dict)
 
 
 ALGORITHMS: dict[str, Algorithm] = {}
@@ -223,6 +225,7 @@ def algorithm(
     family: str = "contrast",
     claim: str = "",
     serving: MakeServing | None = None,
+    loads: Mapping[str, Any] | None = None,
 ) -> Callable[[Objective], Objective]:
     """Register the decorated objective under ``name``; its docstring becomes the entry's ``doc``.
 
@@ -258,6 +261,7 @@ def algorithm(
             family=family,
             claim=claim,
             serving=serving,
+            loads=dict(loads or {}),
         )
         return objective
 

@@ -53,7 +53,7 @@ class TrainGroup(TyperGroup):
     _filled = False
 
     @property
-    def commands(self) -> MutableMapping[str, Any]:  # type: ignore[override]
+    def commands(self) -> MutableMapping[str, Any]:
         """Every command by name."""
         if not self._filled:
             self._filled = True
