@@ -321,6 +321,14 @@ def test_what_a_store_holds_and_who_can_use_it(tmp_path: Path) -> None:
     assert "kto" in told["advice"]
 
 
+def test_a_criterion_that_nobody_judged_by_is_named(tmp_path: Path) -> None:
+    arguments = ["--store", thumbs(tmp_path / "s.db"), "--out", tmp_path / "run", *SMALL]
+    result = invoke(*arguments, "--criterion", "humour", algorithm="kto")
+    assert result.exit_code == 3 and "'humour'" in result.output
+    overall = invoke(*arguments, "--criterion", "overall", "--steps", "1", algorithm="kto")
+    assert overall.exit_code == 0, overall.output
+
+
 def test_the_online_one_says_what_it_needs() -> None:
     result = invoke(algorithm="grpo")
     assert result.exit_code == 3 and "GroupSource" in result.output

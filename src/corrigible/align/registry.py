@@ -302,6 +302,7 @@ class DPOConfig(AlgorithmConfig):
     weight="judgement",
     config=DPOConfig,
     paper="Rafailov et al. 2023, Direct Preference Optimization (arXiv:2305.18290); cDPO: Mitchell 2023",
+    claim="S188",
 )
 def dpo(batch: ScoredExamples[PairExample], config: DPOConfig) -> LossOutput:
     """Direct preference optimisation: fit the policy's implicit reward to comparisons.

@@ -342,6 +342,11 @@ def _sides(store: Store, entry: Algorithm, given: dict[str, Any], seed: int) -> 
     limit, by, held_out = given["limit"], given["split"], given["held_out"]
     criterion = given["criterion"] or None
     signals = load_for(store, entry, criterion=criterion)
+    if not signals and criterion and load_for(store, entry):
+        raise BadInputError(
+            f"{store.url} holds no {entry.signal} that were judged on {criterion!r}.",
+            advice="`corrigible show` says what was judged; without --criterion all of them are learnt from.",
+        )
     if not signals:
         raise nothing_to_learn_from(store, entry)
     of_pairs = entry.signal == "pairs"
