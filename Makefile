@@ -7,7 +7,7 @@ DEV_STAMP := $(VENV)/.installed-dev
 INPUTS := pyproject.toml constraints.txt weights.txt scripts/install.sh
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all bench lint format docs clean system-packages
+.PHONY: help demo test test-all bench claims lint format docs clean system-packages
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z-]+):.*## /  make \1|/' | column -t -s '|' 2>/dev/null \
@@ -39,6 +39,10 @@ test-all: $(DEV_STAMP) system-packages ## the tests and the slow ones
 
 bench: $(DEV_STAMP) ## measure, on an idle machine, into bench/RESULTS.md
 	@$(BIN)/python -m bench
+
+claims: $(STAMP) ## run the claims whose code has changed (up to three hours), into docs/claims/results
+	@$(BIN)/corrigible claims run --all --keep --results docs/claims/results
+	@$(BIN)/corrigible claims report --results docs/claims/results
 
 lint: $(DEV_STAMP) ## ruff and mypy
 	$(BIN)/ruff check .

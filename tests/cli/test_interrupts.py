@@ -81,9 +81,9 @@ def test_export_leaves_the_earlier_file(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_claims_stop_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    def stop(claim: object) -> None:
+    def stop(*arguments: object, **settings: object) -> None:
         emit(Message(text="started"))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("corrigible.claims.run_claim", stop)
-    assert CliRunner().invoke(app, ["claims", "run"]).exit_code == 130
+    monkeypatch.setattr("corrigible.claims.results.run_claim", stop)
+    assert CliRunner().invoke(app, ["claims", "run", "--fast"]).exit_code == 130

@@ -123,8 +123,8 @@ class EffectResult:
     """An effect as it came out.
 
     ``effect`` is the mean over seeds (the median for the sign test) with ``interval`` of coverage ``level``;
-    ``shown``: the whole interval lies where the claim says; ``refuted``: the whole interval lies where it says
-    not. ``per_seed`` holds the number of every seed.
+    ``shown``: the whole interval lies where the claim says; ``refuted``: the whole interval lies where it
+    says not. ``per_seed`` holds the number of every seed.
     """
 
     name: str
@@ -303,8 +303,8 @@ def decide(
 ) -> tuple[ClaimVerdict, str]:
     """The verdict and its reason in one sentence.
 
-    *supported*: the primary effect and all of ``also`` are shown and no control is. *not supported*: the whole
-    interval of the primary effect lies where the claim says it does not. *inconclusive*: anything else.
+    *supported*: the primary effect and all of ``also`` are shown and no control is. *not supported*: the
+    whole interval of the primary effect lies where the claim says it does not. *inconclusive*: anything else.
     """
     if effect.refuted:
         return "not supported", f"The interval is not {effect.asks}."

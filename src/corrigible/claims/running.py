@@ -121,8 +121,8 @@ def run_claim(
         done: seeds that were run already, under the same code; they are not run again.
         after_seed: called with every new seed at once, to keep it.
 
-    A seed that raises or returns a NaN is a failure with a name. It leaves the claim inconclusive: to judge by
-    the seeds that happened to survive would choose them by their result.
+    A seed that raises or returns a NaN is a failure with a name. It leaves the claim inconclusive: to judge
+    by the seeds that happened to survive would choose them by their result.
     """
     runs: list[SeedRun] = []
     spent = 0.0
@@ -202,23 +202,24 @@ def run_seed(claim: Claim, seed: int) -> SeedRun:
 def reproducible(seed: int, *, threads: int) -> Iterator[None]:
     """Seed every global generator and fix torch's threads; all are put back as they were.
 
-    Experiments should use generators of their own; the global ones are seeded for what they call that does not.
+    Experiments should use generators of their own; the global ones are seeded for what they call that does
+    not.
     """
     import numpy as np
     import torch
 
     # The legacy generator is what np.random.shuffle and scikit-learn draw from.
-    before = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
+    before = random.getstate(), np.random.get_state(), torch.get_rng_state()
     threads_before, dtype_before = torch.get_num_threads(), torch.get_default_dtype()
     try:
         random.seed(seed)
-        np.random.seed(seed % 2**32)  # noqa: NPY002
+        np.random.seed(seed % 2**32)
         torch.manual_seed(seed)
         torch.set_num_threads(threads)
         yield
     finally:
         random.setstate(before[0])
-        np.random.set_state(before[1])  # noqa: NPY002
+        np.random.set_state(before[1])
         torch.set_rng_state(before[2])
         torch.set_num_threads(threads_before)
         torch.set_default_dtype(dtype_before)

@@ -18,7 +18,8 @@ GOOD = "#2a9d63"
 BAD = "#d1483f"
 
 
-def _figure(width: float, height: float) -> tuple[Any, Any]:
+def new_figure(width: float, height: float) -> tuple[Any, Any]:
+    """A figure of this size in inches and its axes, without a background; give it to :func:`as_svg`."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -46,7 +47,8 @@ def _figure(width: float, height: float) -> tuple[Any, Any]:
     return figure, axes
 
 
-def _svg(figure: Any, title: str) -> str:
+def as_svg(figure: Any, title: str) -> str:
+    """The figure as SVG to be put into a page; ``title`` is read out, and unique on the page. Closes it."""
     import matplotlib.pyplot as plt
 
     buffer = io.StringIO()
@@ -72,7 +74,7 @@ def win_rate_plot(rows: Sequence[tuple[str, float, float, float]], bar: float) -
         rows: (label, value, low, high), rates in [0, 1], top row first.
         bar: the gate's threshold in [0, 1].
     """
-    figure, axes = _figure(7.2, 0.9 + 0.45 * len(rows))
+    figure, axes = new_figure(7.2, 0.9 + 0.45 * len(rows))
     for i, (_, value, low, high) in enumerate(rows):
         colour = GOOD if low > bar else (BAD if high < bar else START)
         axes.plot([low, high], [i, i], color=colour, linewidth=6, alpha=0.45, solid_capstyle="round")
@@ -84,12 +86,12 @@ def win_rate_plot(rows: Sequence[tuple[str, float, float, float]], bar: float) -
     axes.margins(y=0.45)
     axes.set_xlim(0, 1)
     axes.set_xlabel("share of held-out prompts won against the starting policy")
-    return _svg(figure, "Win rate with interval")
+    return as_svg(figure, "Win rate with interval")
 
 
 def calibration_plot(bins: Sequence[tuple[float, float, int]]) -> str:
     """Reliability diagram: (mean stated probability, observed share, count) per bin."""
-    figure, axes = _figure(3.5, 3.1)
+    figure, axes = new_figure(3.5, 3.1)
     axes.plot([0.5, 1], [0.5, 1], color=INK, linewidth=0.7, linestyle=(0, (4, 3)))
     if bins:
         largest = max(count for *_, count in bins)
@@ -104,14 +106,14 @@ def calibration_plot(bins: Sequence[tuple[float, float, int]]) -> str:
     axes.set_ylim(-0.02, 1.04)
     axes.set_xlabel("stated probability")
     axes.set_ylabel("share that was right")
-    return _svg(figure, "Reward model calibration")
+    return as_svg(figure, "Reward model calibration")
 
 
 def bars_plot(
     rows: Sequence[tuple[str, float, float | None, float | None]], label: str, chance: float
 ) -> str:
     """Accuracies side by side: (name, value, low, high), with a line at chance."""
-    figure, axes = _figure(3.9, 3.1)
+    figure, axes = new_figure(3.9, 3.1)
     for i, (_, value, low, high) in enumerate(rows):
         axes.bar([i], [value], color=CANDIDATE if i == 0 else START, width=0.6)
         if low is not None and high is not None:
@@ -121,23 +123,23 @@ def bars_plot(
     axes.set_xticks(range(len(rows)), [row[0] for row in rows])
     axes.set_ylim(0, 1)
     axes.set_ylabel(label)
-    return _svg(figure, label)
+    return as_svg(figure, label)
 
 
 def training_plot(steps: Sequence[float], values: Sequence[float], label: str, line: float | None) -> str:
     """One training curve; ``line`` marks the value it starts from in theory."""
-    figure, axes = _figure(3.6, 2.6)
+    figure, axes = new_figure(3.6, 2.6)
     axes.plot(steps, values, color=CANDIDATE, linewidth=1.6)
     if line is not None:
         axes.axhline(line, color=INK, linewidth=0.8, linestyle=(0, (4, 3)))
     axes.set_xlabel("step")
     axes.set_ylabel(label)
-    return _svg(figure, label)
+    return as_svg(figure, label)
 
 
 def paired_plot(before: Sequence[float], after: Sequence[float], label: str) -> str:
     """One point a prompt: score before against score after; above the diagonal is better."""
-    figure, axes = _figure(3.6, 3.3)
+    figure, axes = new_figure(3.6, 3.3)
     low = min([*before, *after], default=0.0)
     high = max([*before, *after], default=1.0)
     pad = 0.05 * (high - low or 1.0)
@@ -148,4 +150,4 @@ def paired_plot(before: Sequence[float], after: Sequence[float], label: str) -> 
     axes.scatter(before, after, c=colours, s=22, alpha=0.75, linewidths=0)
     axes.set_xlabel(f"{label}, start")
     axes.set_ylabel(f"{label}, candidate")
-    return _svg(figure, f"{label} before and after")
+    return as_svg(figure, f"{label} before and after")
