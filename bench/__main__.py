@@ -81,7 +81,7 @@ BENCHMARKS = (
     ),
     _update(
         "sweep",
-        "The same for GRPO on made-up batches of 16 rows of 128 tokens, by the share of a row that is its "
+        "The same for GRPO on made-up batches of 16 rows of 64 tokens, by the share of a row that is its "
         "prompt and the rows that have it in common.",
         "--sweep",
         "--setting",

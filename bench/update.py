@@ -148,7 +148,7 @@ def interval(ratios: np.ndarray, seed: int = 0) -> tuple[float, float]:
 def sweep(
     comparison: Comparison, folder: Path, *, model: str, shares: Sequence[float], sizes: Sequence[int]
 ) -> dict:
-    """The comparison on made-up batches of 16 rows of 128 tokens, for every prompt share and group size."""
+    """The comparison on made-up batches of 16 rows of 64 tokens, for every prompt share and group size."""
     base: Prepared | None = None
     rows: list[dict[str, Any]] = []
     ratios: list[float] = []
@@ -158,7 +158,7 @@ def sweep(
                 folder / f"{share:g}-{size}",
                 model=model,
                 batches=comparison.steps + comparison.warmup,
-                shape=Shape(prompt_share=share, group_size=size, row_tokens=128),
+                shape=Shape(prompt_share=share, group_size=size, row_tokens=64),
                 weights_of=base,
             )
             base = base or prepared
