@@ -16,6 +16,7 @@ from typing import Any, get_args, get_origin
 
 REPOSITORY = Path(__file__).parents[1]
 PACKAGE = REPOSITORY / "src" / "corrigible"
+PUBLISHED = REPOSITORY / "docs" / "claims" / "results"
 ROOMS = (
     "records", "store", "models", "rewards", "align", "collect", "evaluate", "loop", "claims", "cli",
 )  # fmt: skip
@@ -31,7 +32,7 @@ def on_files(files: Any, config: Any) -> Any:
 
 
 def on_config(config: Any) -> Any:
-    """Put the room pages where the navigation says ``reference/python/``."""
+    """Put generated pages where the navigation names their folder: rooms, algorithms, claims."""
     _fill(config["nav"])
     return config
 
@@ -42,6 +43,10 @@ def _fill(nav: Any) -> None:
             for title, value in entry.items():
                 if value == "reference/python/":
                     entry[title] = [f"reference/python/{name}.md" for name in room_pages()]
+                elif value == "algorithms/":
+                    entry[title] = _algorithm_nav()
+                elif value == "claims/":
+                    entry[title] = ["claims/index.md", *sorted(f"claims/{id}.md" for id in _claim_ids())]
                 elif isinstance(value, list):
                     _fill(value)
 
@@ -54,7 +59,9 @@ def pages() -> dict[str, str]:
         "reference/kinds.md": kinds_page(),
         "reference/formats.md": formats_page(),
         "reference/algorithms.md": algorithms_page(),
+        **algorithm_pages(),
         "reference/claims.md": claims_page(),
+        **claim_pages(),
         "contributing.md": _from_root("CONTRIBUTING.md"),
         "changelog.md": _from_root("CHANGELOG.md"),
         **python,
@@ -187,6 +194,8 @@ def _options(command: Any) -> list[str]:
             shown = f"`{(parameter.metavar or parameter.name).upper()}`"
         else:
             shown = ", ".join(f"`{name}`" for name in (*parameter.opts, *parameter.secondary_opts))
+            if (parameter.metavar or "").startswith("["):  # one of a few words
+                shown += f" `{parameter.metavar}`"
         default = getattr(parameter, "show_default", True) and parameter.default
         empty = default is None or default is False or default in ("", [], ()) or callable(default)
         said = "" if empty else f"`{_default(default)}`"
@@ -285,31 +294,129 @@ def formats_page() -> str:
 
 
 def algorithms_page() -> str:
-    """The algorithm registry with every setting."""
+    """The algorithm registry as one table a family."""
     from corrigible.align import ALGORITHMS
+    from corrigible.cli.train import FAMILIES, first_sentence
 
     lines = [
         "# Algorithms",
         "",
         "An algorithm is a named triple: where examples come from, what they are worth, how the policy "
         "moves. Made from the registry; [Algorithms](../guides/algorithms.md) helps to choose.",
-        "",
-        "| name | source × weight | learns from | paper |",
-        "|---|---|---|---|",
     ]
-    for name, entry in ALGORITHMS.items():
-        kinds = ", ".join(f"[`{kind}`](kinds.md#{kind})" for kind in sorted(entry.learns_from))
-        lines.append(
-            f"| [`{name}`](#{name}) | {entry.source} × {entry.weight} | {kinds} | {cell(entry.paper)} |"
-        )
-    for name, entry in ALGORITHMS.items():
-        lines += ["", f"## {name} {{ #{name} }}", "", prose(entry.doc), "", "| setting | type | default | |"]
-        lines.append("|---|---|---|---|")
-        for setting, field in entry.config.model_fields.items():
-            default = "required" if field.is_required() else f"`{field.default}`"
-            kind, said = cell(type_name(field.annotation)), cell(field.description or "")
-            lines.append(f"| `{setting}` | {kind} | {default} | {said} |")
+    for family, heading in FAMILIES.items():
+        entries = [entry for entry in ALGORITHMS.values() if entry.family == family]
+        if not entries:
+            continue
+        lines += [
+            "",
+            f"## {heading}",
+            "",
+            "| name | what it does | learns from | claim |",
+            "|---|---|---|---|",
+        ]
+        for entry in entries:
+            lines.append(
+                f"| [`{entry.name}`](../algorithms/{entry.name}.md) "
+                f"| {cell(prose(first_sentence(entry.doc)))} | {_learns_from(entry)} | {_verdict(entry)} |"
+            )
     return "\n".join(lines) + "\n"
+
+
+def algorithm_pages() -> dict[str, str]:
+    """One page per algorithm."""
+    from corrigible.align import ALGORITHMS
+
+    return {f"algorithms/{name}.md": algorithm_page(entry) for name, entry in ALGORITHMS.items()}
+
+
+def algorithm_page(entry: Any) -> str:
+    """What an algorithm does, when to choose it, its settings, its metrics, and its claim."""
+    from corrigible.align.metrics import logged_by
+
+    reference = (
+        "It is held near a frozen reference, which is scored once, before the first step."
+        if entry.needs_reference
+        else "It needs no reference."
+    )
+    lines = [
+        f"# {entry.name}",
+        "",
+        prose(entry.doc),
+        "",
+        f"**Learns from** {_learns_from(entry)}. {reference}",
+        "",
+    ]
+    lines += [f"**Paper:** {prose(entry.paper)}", ""]
+    if entry.signal == "groups":
+        lines += ["It has no command yet: [from Python](../guides/algorithms.md#from-python)."]
+    else:
+        run = f"corrigible train {entry.name} --store my.db --out runs/{entry.name}"
+        lines += ["```console", run, "```", "", *_from_python(entry)]
+    lines += ["", "## Settings", ""]
+    rows = []
+    for setting, field in entry.config.model_fields.items():
+        default = (
+            "required"
+            if field.is_required()
+            else f"`{_default(field.get_default(call_default_factory=True))}`"
+        )
+        kind, said = cell(type_name(field.annotation)), cell(field.description or "")
+        rows.append(f"| `{setting}` | {kind} | {cell(default)} | {said} |")
+    lines += (
+        ["| setting | type | default | |", "|---|---|---|---|", *rows]
+        if rows
+        else ["It has none of its own."]
+    )
+    lines += ["", "Those of the trainer are the same for all: [the command](../reference/cli.md) lists them."]
+    lines += ["", "## Metrics", "", "| metric | meaning |", "|---|---|"]
+    lines += [f"| `{name}` | {cell(meaning)} |" for name, meaning in logged_by(entry).items()]
+    lines += ["", "## Its claim", "", _claimed(entry)]
+    return "\n".join(lines) + "\n"
+
+
+def _from_python(entry: Any) -> list[str]:
+    return [
+        "```py",
+        "import corrigible",
+        "",
+        'with corrigible.Store.open("my.db") as store:',
+        f'    corrigible.train("{entry.name}", store, out="runs/{entry.name}")',
+        "```",
+    ]
+
+
+def _learns_from(entry: Any) -> str:
+    kinds = ", ".join(f"[`{kind}`](../reference/kinds.md#{kind})" for kind in sorted(entry.learns_from))
+    return f"{kinds} (as {entry.signal})"
+
+
+def _verdict(entry: Any) -> str:
+    if not entry.claim:
+        return ""
+    from corrigible.cli.algorithms import in_words, result_of
+
+    return f"{entry.claim}: {in_words(result_of(entry, PUBLISHED))}"
+
+
+def _claimed(entry: Any) -> str:
+    if not entry.claim:
+        return "No claim of its own: its loss is held against an oracle by the tests."
+    if entry.claim not in _claim_ids():
+        return f"{entry.claim} is not written yet."
+    return f"[{entry.claim}](../claims/{entry.claim}.md): {_verdict(entry).partition(': ')[2]}."
+
+
+def _algorithm_nav() -> list[Any]:
+    from corrigible.align import ALGORITHMS
+    from corrigible.cli.train import FAMILIES
+
+    nav: list[Any] = []
+    for family, heading in FAMILIES.items():
+        names = [name for name, entry in ALGORITHMS.items() if entry.family == family]
+        if names:
+            nav.append({heading.partition(":")[0]: [f"algorithms/{name}.md" for name in names]})
+    return nav
 
 
 def claims_page() -> str:
@@ -319,12 +426,31 @@ def claims_page() -> str:
     lines = [
         "# Claims",
         "",
-        "`corrigible claims run NAME` runs one; [Claims](../guides/claims.md) says how.",
+        "`corrigible claims run ID` runs one; [Claims](../guides/claims.md) says how a verdict is reached.",
         "",
     ]
-    lines += ["| claim | hypothesis | paper | seeds |", "|---|---|---|---|"]
+    lines += ["| claim | hypothesis | paper | seeds | |", "|---|---|---|---|---|"]
     lines += [
-        f"| `{entry.id}` | {cell(entry.hypothesis)} | {cell(entry.paper)} | {len(entry.seeds)} |"
+        f"| `{entry.id}` | {cell(entry.hypothesis)} | {cell(entry.paper)} | {len(entry.seeds)} "
+        f"| [what came out](../claims/{entry.id}.md) |"
         for entry in load_claims().values()
     ]
     return "\n".join(lines) + "\n"
+
+
+def claim_pages() -> dict[str, str]:
+    """What came out of the claims, from the results that are published with the project."""
+    from corrigible.claims import load_claims
+    from corrigible.claims.report import pages
+    from corrigible.claims.results import Results
+
+    made = pages(load_claims(), Results(PUBLISHED))
+    return {f"claims/{name}": text for name, text in made.items()}
+
+
+def _claim_ids() -> set[str]:
+    """Claims that are registered, and such as have a published result and are not there any more."""
+    from corrigible.claims import load_claims
+    from corrigible.claims.results import Results
+
+    return {*load_claims(), *(record.id for record in Results(PUBLISHED))}

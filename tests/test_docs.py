@@ -103,13 +103,18 @@ def test_every_record_kind_is_documented(made: dict[str, str]) -> None:
 
 def test_every_algorithm_is_documented(made: dict[str, str]) -> None:
     from corrigible.align import ALGORITHMS
+    from corrigible.align.metrics import logged_by
 
     for name, entry in ALGORITHMS.items():
-        section = made["reference/algorithms.md"].partition(f"{{ #{name} }}")[2]
+        page = made[f"algorithms/{name}.md"]
+        settings = page.partition("## Settings")[2].partition("## Metrics")[0]
         for setting, field in entry.config.model_fields.items():
-            assert f"| `{setting}` |" in section
+            assert f"| `{setting}` |" in settings
             assert field.description, f"{name}.{setting} has no description"
-        assert f"train {name}" in GUIDES["algorithms.md"], f"guides/algorithms.md does not explain {name}"
+        for metric in logged_by(entry):
+            assert f"| `{metric}` |" in page.partition("## Metrics")[2]
+        assert entry.claim in page and f"(../algorithms/{name}.md)" in made["reference/algorithms.md"]
+        assert f"](../algorithms/{name}.md)" in GUIDES["algorithms.md"], f"the guide does not place {name}"
 
 
 def test_every_format_is_documented(made: dict[str, str]) -> None:
