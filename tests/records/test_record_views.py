@@ -24,12 +24,14 @@ from corrigible.records.views import (
     edit_targets,
     implicit_signals,
     intervention_rows,
+    outcome_pairs,
     outcome_rewards,
     pairs,
     project,
     ranking_pairs,
     rating_pairs,
     rating_reactions,
+    reaction_pairs,
     segment_pairs,
     span_rewards,
     step_rewards,
@@ -93,6 +95,48 @@ def test_ranking_pairs_count_and_weigh_one(order: list[int], levels: int, unrank
         assert math.fsum(r.weight for r in rows) == pytest.approx(1.0)
     place = {target(f"r{i}").sha256: rank for rank, group in enumerate([*groups, rest]) for i in group}
     assert all(place[r.chosen] < place[r.rejected] for r in rows)  # names survive the sorting by hash
+
+
+# --- likes and runs -------------------------------------------------------------------------------
+
+
+def test_reaction_pairs_stay_within_annotator_and_prompt() -> None:
+    def like(value: int, content: str, who: str = "a", context: str | None = CONTEXT) -> Feedback:
+        return make(
+            "reaction", {"value": value}, targets=[target(content)], context=context, annotator=WHO[who]
+        )
+
+    records = [
+        like(1, "x"),
+        like(-1, "y"),
+        like(-1, "x"),  # of two minds: no pair with itself
+        like(0, "z"),
+        like(-1, "z", "b"),
+        like(1, "w", context=None),
+        like(-1, "v", context=sha("other prompt")),
+    ]
+    (row,) = reaction_pairs(records)
+    assert (row.chosen, row.rejected, row.p_chosen) == (sha("x"), sha("y"), 1.0)
+    assert row.derived_from == (records[0].id, records[1].id) and row.margin is None
+    assert "within annotator" in row.assumption
+
+
+def test_outcome_pairs_stay_within_verifier_and_prompt() -> None:
+    def ran(content: str, name: str = "pytest", context: str = CONTEXT, **change: Any) -> Feedback:
+        fields = {"verifier": {"name": name, "version": "8"}, "score": None, "range": None, **change}
+        return make("outcome", fields, targets=[target(content)], context=context)
+
+    records = [
+        ran("x", passed=True),
+        ran("y", passed=False),
+        ran("z", passed=None, exit="crash"),
+        ran("w", name="ruff", passed=True),
+        ran("v", context=sha("other prompt"), passed=True),
+        ran("u", passed=True, score=0.5),
+    ]
+    found = {(row.chosen, row.rejected, row.margin) for row in outcome_pairs(records)}
+    assert found == {(sha("x"), sha("y"), 1.0), (sha("x"), sha("u"), 0.5), (sha("u"), sha("y"), 0.5)}
+    assert {row.assumption for row in outcome_pairs(records)} == {"verifier exact"}
 
 
 # --- ratings --------------------------------------------------------------------------------------

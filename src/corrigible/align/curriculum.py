@@ -16,7 +16,7 @@ import copy
 import hashlib
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Self, get_args
 
@@ -255,7 +255,7 @@ class CurriculumSource:
         return hashlib.sha256(f"curriculum/1 {self.source.digest()} {settings}".encode()).hexdigest()
 
 
-def report(source: CurriculumSource, batch_size: int, moments: int = 8) -> list[Mapping[str, float]]:
+def report(source: CurriculumSource, batch_size: int, moments: int = 8) -> list[dict[str, float]]:
     """What the curriculum lets in over a run: per moment its ``step``, the ``share`` asked for, the
     ``admitted`` share of examples and the effective number of them (``1 / sum w^2``)."""
     found = []

@@ -45,8 +45,9 @@ def uba(theta: float, *, phi: float, high: float = 1.0, low: float = 0.0) -> flo
         raise BadInputError(f"phi must be a positive number, got {phi}.", advice="2 is the cosine.")
     if not 0.0 <= theta <= math.pi:
         raise BadInputError(f"theta must be in [0, pi], got {theta}.")
-    rise = 1.0 + math.cos(theta)
-    return (high - low) * (2.0 * rise / (2.0 * phi + (2.0 - phi) * rise)) + low
+    # The same with 1 + cos = 2 up, 1 - cos = 2 down: as it is written, a large phi loses all digits near 0.
+    up, down = math.cos(theta / 2.0) ** 2, math.sin(theta / 2.0) ** 2
+    return (high - low) * (2.0 * up / (phi * down + 2.0 * up)) + low
 
 
 def decay(schedule: Schedule, share: float, *, floor: float = 0.0, phi: float = 2.0) -> float:

@@ -263,10 +263,11 @@ def _edit_demonstrations(record: Feedback, content: Content) -> Iterator[Demonst
 def _edit_critiqued(record: Feedback, content: Content) -> Iterator[Critiqued]:
     pair = _edited(record, content)
     before = content.critiques.get(record.supersedes or "")
+    revised: tuple[Feedback, ...] = (record,)
     if before is not None and isinstance(before.payload, Critique):
         words, revised = before.payload.text, (record, before)
     else:
-        words, revised = words_of(record), (record,)
+        words = words_of(record)
     yield Critiqued(
         prompt=pair.prompt,
         draft=pair.rejected,

@@ -344,8 +344,10 @@ def merged_demonstrations(found: Iterable[Demonstrated]) -> list[Demonstrated]:
 def _same(found: Iterable[S]) -> Iterator[list[S]]:
     groups: dict[tuple[Any, ...], list[S]] = defaultdict(list)
     for one in found:
-        key = (messages_text(one.prompt), messages_text(one.response), one.criterion)
-        groups[*key, *((one.quality, one.spans) if isinstance(one, Demonstrated) else ())].append(one)
+        key: tuple[Any, ...] = (messages_text(one.prompt), messages_text(one.response), one.criterion)
+        if isinstance(one, Demonstrated):
+            key = (*key, one.quality, one.spans)
+        groups[key].append(one)
     return iter(groups.values())
 
 
