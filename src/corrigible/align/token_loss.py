@@ -227,8 +227,9 @@ def token_loss(
 def unlikelihood(logprobs: Tensor) -> Tensor:
     """``-log(1 - p)`` of tokens with log-prob ``log p``, >= 0, any shape.
 
-    A token that the policy is certain of (``1 - p`` below :data:`LEAST_DOUBT`) costs what it would at that
-    bound, and keeps its slope there, so that it is pushed down as hard as any.
+    ``1 - p`` is known as exactly as the log-prob is, so of a token that the policy is nearly certain of less
+    and less of it is known. One that it is certain of (``1 - p`` below :data:`LEAST_DOUBT`) costs what it
+    would at that bound, and keeps its slope there, so that it is pushed down as hard as any.
     """
     logprobs = widen(logprobs)
     most = math.log1p(-LEAST_DOUBT[logprobs.dtype])
@@ -255,7 +256,7 @@ def _totals(weight: Tensor, live: Tensor, row: Tensor | None, normaliser: Normal
     return TokenTotals(
         tokens=float(live.sum()),
         weights=float(weight[live].detach().double().abs().sum()),
-        sequences=1.0 if row is None else float(len(row[live].unique())),
+        sequences=1.0 if row is None else float(len(set(row[live].tolist()))),
         unwanted=float((weight[live] < 0.0).sum()),
     )
 
