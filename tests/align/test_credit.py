@@ -80,6 +80,32 @@ def test_credit_of_the_optimal_policy_is_reward_shaped_by_its_values() -> None:
         assert float(credit.sum()) == pytest.approx(total - value(()), rel=1e-9)
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+def test_credit_of_ragged_rows_is_that_of_a_loop(dtype: torch.dtype, tolerance: float) -> None:
+    draw = random.Random(5)
+    for _ in range(200):
+        beta, at_least = draw.uniform(0.01, 2.0), draw.randint(1, 3)
+        lengths = [draw.randint(0, 6) for _ in range(draw.randint(1, 4))]
+        mine = [[-draw.expovariate(0.3) for _ in range(n)] for n in lengths]
+        theirs = [[-draw.expovariate(0.3) for _ in range(n)] for n in lengths]
+        seen = [[draw.randint(0, 4) for _ in range(n)] for n in lengths]
+        found = token_credit(
+            [torch.tensor(row, dtype=dtype) for row in mine],
+            [torch.tensor(row, dtype=dtype) for row in theirs],
+            beta=beta,
+            visits=[torch.tensor(row, dtype=torch.long) for row in seen],
+            at_least=at_least,
+        )
+        for credit, a, b, counts in zip(found, mine, theirs, seen, strict=True):
+            assert len(credit) == len(a)
+            for t in range(len(a)):
+                if counts[t] < at_least:
+                    assert math.isnan(float(credit[t]))
+                else:
+                    expected = beta * (a[t] - b[t])
+                    assert float(credit[t]) == pytest.approx(expected, rel=tolerance, abs=tolerance)
+
+
 def test_tokens_that_were_never_seen_have_no_credit() -> None:
     policy, reference = [torch.tensor([-1.0, -2.0, -3.0])], [torch.tensor([-2.0, -2.0, -1.0])]
     visits = [torch.tensor([5, 1, 0])]

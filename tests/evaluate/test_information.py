@@ -33,7 +33,7 @@ def normalised(draw: random.Random, n: int) -> list[float]:
 
 def test_differential_information_is_that_of_a_loop() -> None:
     draw = random.Random(0)
-    for _ in range(100):
+    for _ in range(200):
         n = draw.randint(1, 12)
         policy, reference = normalised(draw, n), normalised(draw, n)
         ratios = [math.exp(a) / math.exp(b) for a, b in zip(policy, reference, strict=True)]

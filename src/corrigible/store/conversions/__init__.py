@@ -2,14 +2,15 @@
 
 - ``matrix``: :data:`SIGNALS`, :data:`CONVERSIONS` by (kind, signal), :data:`IMPOSSIBLE`: why a cell is empty.
 - ``content``: what conversions see of the texts, and why a record may give nothing (:data:`REASONS`).
-- ``choices``, ``verdicts``, ``scores``, ``tries``, ``corrections``, ``acts``: one pure function per cell.
+- ``choices``, ``verdicts``, ``scores``, ``tries``, ``corrections``, ``acts``,
+  ``permissions``: one pure function per cell.
 - ``loading``: :func:`load_signals` from a store, and :func:`learnable`, what could be learnt from it.
 
 Every signal names the records it derives from, and every record that gives none is counted by name.
 """
 
-# Importing them fills the matrix; adjudications go through all the others, so their module comes last.
-from corrigible.store.conversions import acts, choices, corrections, scores, tries, verdicts
+# Importing them fills the matrix.
+from corrigible.store.conversions import acts, choices, corrections, permissions, scores, tries, verdicts
 from corrigible.store.conversions.content import REASONS, Content, LeftOut, NotConvertibleError, Options
 from corrigible.store.conversions.loading import (
     Converted,
@@ -55,6 +56,7 @@ __all__ = [
     "matrix_table",
     "merged_demonstrations",
     "merged_labels",
+    "permissions",
     "scores",
     "tries",
     "verdicts",
