@@ -126,3 +126,37 @@ def test_a_prompt_file_that_is_no_text(run_cli: Run, tmp_path: Path) -> None:
     (tmp_path / "p.txt").write_bytes(b"\xff\xfe\x00bad")
     result = run_cli(*TINY, "--prompts", "p.txt")
     assert result.exit_code == 3 and "UTF-8" in result.stderr
+
+
+def test_a_policy_is_asked_as_it_was_trained_to_be(run_cli: Run, tmp_path: Path) -> None:
+    from corrigible.align.rendering import Serving
+    from corrigible.models import load_policy
+
+    policy = load_policy("tiny-random")
+    policy.add_lora(rank=2, alpha=4)
+    policy.save_adapter(tmp_path / "run" / "adapter")
+    serving = Serving(system="Be kind.", assistant_prefix="A helpful answer:\n")
+    described = tmp_path / "run" / "policy.json"
+    described.write_text(json.dumps({"config": {"serving": serving.to_json()}}))
+    command = ("generate", "--model", "run/adapter", "--max-tokens", 4, "--prompt", "Hi", "--out", "e.jsonl")
+
+    result = run_cli(*command, "--seed", 3)
+    assert result.exit_code == 0, result.output
+    [dressed] = episodes_in(tmp_path / "e.jsonl")
+    question = [{"role": "user", "content": "Hi"}]
+    assert dressed.steps[0].prompt_token_ids == serving.prompt(policy.renderer, question).ids
+    assert [m.text for m in dressed.prompt_messages()] == ["Hi"]  # what was asked; the ids say how
+
+    # Asked plainly it is another request, so that resuming does not take one for the other.
+    assert run_cli(*command, "--seed", 3, "--plain", "--resume").exit_code == 0
+    [_, plain] = episodes_in(tmp_path / "e.jsonl")
+    assert plain.steps[0].prompt_token_ids == policy.renderer.prompt(question).ids
+    assert run_cli(*command, "--seed", 3, "--resume").exit_code == 0
+    assert len(episodes_in(tmp_path / "e.jsonl")) == 2
+
+    described.write_text(json.dumps({"config": {"serving": {"demonstrations": 4}}}))
+    result = run_cli(*command, "--seed", 4, "--resume")
+    assert result.exit_code == 3 and "--plain" in result.output
+    described.write_text(json.dumps({"config": {"serving": {"voice": "low"}}}))
+    result = run_cli(*command, "--seed", 4, "--resume")
+    assert result.exit_code == 3 and "does not know" in result.output

@@ -15,9 +15,12 @@ import typer
 
 from corrigible.cli.console import console, examples, json_option, print_json, print_warning, progress_bus
 from corrigible.errors import BadInputError, Interrupted, StorageError
+from corrigible.events import Message as Said
+from corrigible.events import emit
 
 if TYPE_CHECKING:
-    from corrigible.models import Generation, LanguagePolicy
+    from corrigible.align import Serving
+    from corrigible.models import Generation, LanguagePolicy, Rendered
     from corrigible.records import Episode, Message, Sampling
     from corrigible.store import Store
 
@@ -63,6 +66,9 @@ def generate(
     store: str | None = typer.Option(None, "--store", "-s", help="Keep the episodes in this store."),
     out: Path | None = typer.Option(None, "--out", "-o", help="Write the episodes to this JSONL file."),
     resume: bool = typer.Option(False, help="Skip prompts that were already answered with these settings."),
+    plain: bool = typer.Option(
+        False, help="Leave prompts as they are, also when the policy was trained to be asked otherwise."
+    ),
     json: bool = json_option,
 ) -> None:
     """Sample answers with their token ids, log-probabilities and settings recorded, as episodes in a
@@ -99,7 +105,8 @@ def generate(
     kept: dict[int, list[Generation]] = {}
     with progress_bus(json), _sink(store, out, task, resume) as sink:
         policy = load_policy(model, adapter=adapter)
-        requests = _requests(policy, questions, settings)
+        serving = None if plain else _serving(adapter or model)
+        requests = _requests(policy, questions, settings, serving)
         open_ = [i for i, request in enumerate(requests) if sink.found[request] < n]
         version = sink.version(policy)
 
@@ -115,7 +122,7 @@ def generate(
             if open_:
                 # The seed of a repeated prompt depends on how often it came before, so that a
                 # resumed run draws what the whole run would have drawn.
-                chosen = [questions[i] for i in open_]
+                chosen = [_dressed(policy, questions[i], serving) for i in open_]
                 sample(
                     policy,
                     chosen,
@@ -196,15 +203,55 @@ def _occurrence(questions: Sequence[tuple[Message, ...]], index: int) -> int:
     return sum(questions[i] == questions[index] for i in range(index))
 
 
+def _serving(folder: str) -> Serving | None:
+    """What the policy in a folder was trained to be asked with, if anything."""
+    if not Path(folder).is_dir():
+        return None
+    from corrigible.align.rendering import PLAIN, serving_of
+
+    serving = serving_of(folder)
+    if serving == PLAIN:
+        return None
+    if serving.demonstrations:
+        raise BadInputError(
+            f"This policy was trained with {serving.demonstrations} retrieved demonstrations before each "
+            "question, and there is no bank of them here.",
+            advice="From Python: Bank.near and Serving.prompt; or ask it without any: --plain.",
+        )
+    emit(Said(text=f"Prompts are put as they were in training (--plain does not): {serving.to_json()}"))
+    return serving
+
+
+def _dressed(
+    policy: LanguagePolicy, question: tuple[Message, ...], serving: Serving | None
+) -> tuple[Message, ...] | Rendered:
+    if serving is None:
+        return question
+    try:
+        policy.renderer.prompt(question)
+    except BadInputError:
+        return question  # it is named, and the others are answered
+    return serving.prompt(policy.renderer, question)
+
+
 def _requests(
-    policy: LanguagePolicy, questions: Sequence[tuple[Message, ...]], settings: Sampling
+    policy: LanguagePolicy,
+    questions: Sequence[tuple[Message, ...]],
+    settings: Sampling,
+    serving: Serving | None,
 ) -> list[str]:
     """One key per prompt: equal exactly when the answers would be the same ones."""
     weights = policy.weights_sha256()
     keys = []
     for index, question in enumerate(questions):
         text = jsonlib.dumps(
-            [weights, settings.to_json(), [m.to_json() for m in question], _occurrence(questions, index)],
+            [
+                weights,
+                settings.to_json(),
+                [m.to_json() for m in question],
+                _occurrence(questions, index),
+                *([] if serving is None else [serving.to_json()]),
+            ],
             sort_keys=True,
         )
         keys.append(hashlib.sha256(text.encode()).hexdigest())

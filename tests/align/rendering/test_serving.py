@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,6 +25,7 @@ from corrigible.align.rendering import (
     mistakes,
     rise,
     rise_serving,
+    serving_of,
     token_example,
     with_demonstrations,
 )
@@ -171,3 +173,21 @@ def test_it_is_stored_as_plain_data_and_read_back() -> None:
         Serving.from_json({"turns": "3"})
     with pytest.raises(BadInputError, match="is an object"):
         Serving.from_json(["system"])
+
+
+def test_it_is_found_beside_what_training_left(tmp_path: Path) -> None:
+    adapter = tmp_path / "run" / "adapter"
+    adapter.mkdir(parents=True)
+    assert serving_of(adapter) == PLAIN
+    described = tmp_path / "run" / "policy.json"
+    described.write_text(json.dumps({"config": {"serving": class_serving("expert").to_json()}}))
+    assert serving_of(adapter) == serving_of(tmp_path / "run") == class_serving("expert")
+    elsewhere = tmp_path / "run" / "somebody"  # somebody else's model, which happens to lie there
+    elsewhere.mkdir()
+    assert serving_of(elsewhere) == PLAIN
+    described.write_text(json.dumps({"config": {}}))
+    assert serving_of(adapter) == PLAIN
+    for broken in ("{", "[]", "{}"):
+        described.write_text(broken)
+        with pytest.raises(BadInputError, match="does not describe a policy"):
+            serving_of(adapter)

@@ -37,7 +37,7 @@ from corrigible.align.rendering.refinement import (
     refinement_prompt,
 )
 from corrigible.align.rendering.segments import Lesson, Segment, Spoken, spoken_turns, token_example
-from corrigible.align.rendering.serving import PLAIN, Serving
+from corrigible.align.rendering.serving import PLAIN, Serving, serving_of
 from corrigible.align.rendering.source import lesson_source, lessons_of
 from corrigible.align.rendering.trajectories import (
     Verifier,
@@ -89,6 +89,7 @@ __all__ = [
     "refinement_prompt",
     "rise",
     "rise_serving",
+    "serving_of",
     "shortcut",
     "spoken_turns",
     "token_example",

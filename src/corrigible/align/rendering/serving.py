@@ -7,8 +7,10 @@ version as plain data.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from typing import Any, Self
 
 from corrigible.errors import BadInputError
@@ -145,6 +147,30 @@ class Serving:
 
 PLAIN = Serving()
 """No conditioning: prompts stay as they are."""
+
+
+def serving_of(folder: str | Path) -> Serving:
+    """What the policy in a folder was trained to be asked with; :data:`PLAIN` when nothing says so.
+
+    It is in ``policy.json``, in the folder, or beside an ``adapter`` or a ``model`` as training leaves it.
+
+    Raises:
+        BadInputError: the file is no policy version, or says something that this version does not know.
+    """
+    folder = Path(folder).resolve()
+    for place in (folder, folder.parent) if folder.name in ("adapter", "model") else (folder,):
+        path = place / "policy.json"
+        if not path.is_file():
+            continue
+        try:
+            config = json.loads(path.read_text(encoding="utf-8"))["config"]
+            said = config.get("serving", {})
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise BadInputError(
+                f"{path} does not describe a policy: {error}", advice="Restore it from the run."
+            ) from error
+        return Serving.from_json(said)
+    return PLAIN
 
 
 def around(message: Message, before: str, after: str) -> Message:
