@@ -8,6 +8,8 @@
 - ``registry``: an algorithm is source x weight x objective, one decorated function each.
 - ``sources``: what a batch is made of; the order depends on the seed alone. ``unpaired`` and ``groups``
   are the sources of answers judged one by one, and of sampled answers with rewards.
+- ``rendering``: feedback written out as text, and what serving must put before a prompt afterwards;
+  ``rendered`` and ``attempted`` are the algorithms that learn from it, ``retrieval`` finds neighbours.
 - ``reference``: log-probs under the frozen reference, once, before the first step.
 - ``trainer`` (settings in ``config``, files in ``checkpoint``, Ctrl-C in ``interrupts``): the loop.
 - ``watch``: what is checked at every step that no loss would show (docs/guides/faults.md).
@@ -22,6 +24,7 @@ To add an algorithm, write its objective and decorate it; the trainer stays as i
 """
 
 from corrigible.align.advantages import group_advantages
+from corrigible.align.attempted import JourneyConfig, LemmaConfig, MistakeConfig, RiseConfig
 from corrigible.align.config import TrainConfig, learning_rate
 from corrigible.align.dpo import train_dpo
 from corrigible.align.groups import Asked, GroupExample, GroupSource, group_examples
@@ -40,6 +43,14 @@ from corrigible.align.registry import (
     algorithm,
     get_algorithm,
 )
+from corrigible.align.rendered import (
+    ClassConfig,
+    GoalConfig,
+    HindsightConfig,
+    RefinementConfig,
+    RetrievalConfig,
+)
+from corrigible.align.rendering import Serving
 from corrigible.align.sources import Behaviour, PairExample, PairSource, Source, Unusable
 from corrigible.align.token_loss import TokenTotals, token_loss
 from corrigible.align.tokens import TokenExample, TokenSource, demonstration_source
@@ -53,19 +64,29 @@ __all__ = [
     "AlgorithmConfig",
     "Asked",
     "Behaviour",
+    "ClassConfig",
     "DPOConfig",
     "GRPOConfig",
+    "GoalConfig",
     "GroupExample",
     "GroupSource",
+    "HindsightConfig",
     "ImplicitReward",
+    "JourneyConfig",
     "KTOConfig",
+    "LemmaConfig",
     "LossOutput",
     "MFTConfig",
+    "MistakeConfig",
     "OTRConfig",
     "PairExample",
     "PairSource",
+    "RefinementConfig",
+    "RetrievalConfig",
+    "RiseConfig",
     "SFTConfig",
     "ScoredExamples",
+    "Serving",
     "Source",
     "TokenExample",
     "TokenSource",
