@@ -108,7 +108,7 @@ def test_an_unusable_pair_has_a_named_reason(
     policy: LanguagePolicy, make_pair: Callable, reason: str, change: dict
 ) -> None:
     good, bad = make_pair("A?", "yes", "no"), make_pair("B?", "yes", "no", **change)
-    with pytest.raises(Unusable, match=f"^{reason}: pair 1 of 2") as caught:
+    with pytest.raises(Unusable, match=f"^{reason}: pair 1 of 2 from record f000000") as caught:
         PairSource([good, bad], policy.renderer, max_length=128)
     assert caught.value.reason == reason and caught.value.exit_code == 3 and caught.value.advice
 
@@ -118,7 +118,7 @@ def test_an_unusable_pair_has_a_named_reason(
         source = PairSource([good, bad], policy.renderer, max_length=128, invalid="skip")
     assert source.pairs == [good] and source.skipped == {reason: 1}
     said = [event.message for event in seen if isinstance(event, Alert) and event.name == "pairs_skipped"]
-    assert said == [f"Left out of training: 1 {reason}."]
+    assert said == [f"Left out of training: 1 {reason} (it came from record f000000)."]
 
 
 def test_nothing_left_to_train_on_is_an_error(policy: LanguagePolicy, make_pair: Callable) -> None:

@@ -6,6 +6,8 @@
 - ``losses``: pure functions from log-probs to a loss; they know no model and no file. Those of one
   algorithm alone stand with it (``kto``, ``grpo``); ``advantages`` turns rewards into what answers are worth.
 - ``registry``: an algorithm is source x weight x objective, one decorated function each.
+- ``contrast``: the one contrast function of direct alignment; ``direct``, ``reference_free`` and ``listwise``
+  are the algorithms that are settings of it.
 - ``sources``: what a batch is made of; the order depends on the seed alone. ``unpaired`` and ``groups``
   are the sources of answers judged one by one, and of sampled answers with rewards.
 - ``rendering``: feedback written out as text, and what serving must put before a prompt afterwards;
@@ -26,14 +28,42 @@ To add an algorithm, write its objective and decorate it; the trainer stays as i
 from corrigible.align.advantages import group_advantages
 from corrigible.align.attempted import JourneyConfig, LemmaConfig, MistakeConfig, RiseConfig
 from corrigible.align.config import TrainConfig, learning_rate
+from corrigible.align.contrast import ContrastRows, ContrastSpec, contrast_loss, preset
+from corrigible.align.direct import (
+    CDPOConfig,
+    FDPOConfig,
+    FSFTConfig,
+    HingeNormConfig,
+    IPOConfig,
+    RDPOConfig,
+    SPINConfig,
+    WPOConfig,
+)
 from corrigible.align.dpo import train_dpo
 from corrigible.align.groups import Asked, GroupExample, GroupSource, group_examples
 from corrigible.align.grpo import GRPOConfig, grpo_loss
 from corrigible.align.imitation import MFTConfig, OTRConfig, SFTConfig
 from corrigible.align.implicit_reward import ImplicitReward, implicit_reward_accuracy
 from corrigible.align.kto import KTOConfig, kto_loss
+from corrigible.align.listwise import (
+    AWRConfig,
+    BRAInConfig,
+    CoPGConfig,
+    PlackettLuceConfig,
+    PROConfig,
+    RRHFConfig,
+    RWRConfig,
+)
 from corrigible.align.losses import LossOutput, dpo_loss
+from corrigible.align.ranked import RankedExample, RankedSource
 from corrigible.align.reference import reference_logprobs
+from corrigible.align.reference_free import (
+    ORPOConfig,
+    PrefFTConfig,
+    SimPOConfig,
+    SLiCConfig,
+    UnlikelihoodConfig,
+)
 from corrigible.align.registry import (
     ALGORITHMS,
     Algorithm,
@@ -60,17 +90,27 @@ from corrigible.align.unpaired import UnpairedExample, UnpairedSource
 
 __all__ = [
     "ALGORITHMS",
+    "AWRConfig",
     "Algorithm",
     "AlgorithmConfig",
     "Asked",
+    "BRAInConfig",
     "Behaviour",
+    "CDPOConfig",
     "ClassConfig",
+    "CoPGConfig",
+    "ContrastRows",
+    "ContrastSpec",
     "DPOConfig",
+    "FDPOConfig",
+    "FSFTConfig",
     "GRPOConfig",
     "GoalConfig",
     "GroupExample",
     "GroupSource",
     "HindsightConfig",
+    "HingeNormConfig",
+    "IPOConfig",
     "ImplicitReward",
     "JourneyConfig",
     "KTOConfig",
@@ -78,15 +118,27 @@ __all__ = [
     "LossOutput",
     "MFTConfig",
     "MistakeConfig",
+    "ORPOConfig",
     "OTRConfig",
+    "PROConfig",
     "PairExample",
     "PairSource",
+    "PlackettLuceConfig",
+    "PrefFTConfig",
+    "RDPOConfig",
+    "RRHFConfig",
+    "RWRConfig",
+    "RankedExample",
+    "RankedSource",
     "RefinementConfig",
     "RetrievalConfig",
     "RiseConfig",
     "SFTConfig",
+    "SLiCConfig",
+    "SPINConfig",
     "ScoredExamples",
     "Serving",
+    "SimPOConfig",
     "Source",
     "TokenExample",
     "TokenSource",
@@ -94,10 +146,13 @@ __all__ = [
     "TrainConfig",
     "TrainResult",
     "Trainer",
+    "UnlikelihoodConfig",
     "UnpairedExample",
     "UnpairedSource",
     "Unusable",
+    "WPOConfig",
     "algorithm",
+    "contrast_loss",
     "demonstration_source",
     "dpo_loss",
     "get_algorithm",
@@ -108,6 +163,7 @@ __all__ = [
     "kto_loss",
     "learning_rate",
     "make_source",
+    "preset",
     "reference_logprobs",
     "token_loss",
     "train",

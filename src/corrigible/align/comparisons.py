@@ -15,7 +15,15 @@ import torch
 from torch import Tensor
 
 from corrigible.align.contrast_spec import MOST_FLIPPED, ContrastSpec, Divergence
-from corrigible.align.losses import SATURATED, agreement, label_mean, minus_log_sigmoid, smoothed, unflipped
+from corrigible.align.losses import (
+    SATURATED,
+    agreement,
+    label_mean,
+    minus_log_sigmoid,
+    prospect,
+    smoothed,
+    unflipped,
+)
 from corrigible.errors import BadInputError
 
 EXPONENT = 80.0
@@ -65,6 +73,7 @@ class Utilities:
     Attributes:
         v: ``beta * (u - z0)``, with gradient.
         s: reduced log-prob under the policy, nats, with gradient.
+        total: plain sum of the tokens' log-probs under the policy; a constant.
         reference: reduced log-prob under the reference; zeros without one.
         mean: mean log-prob per token under the policy; a constant.
         length: scored tokens.
@@ -75,6 +84,7 @@ class Utilities:
 
     v: Tensor
     s: Tensor
+    total: Tensor
     reference: Tensor
     mean: Tensor
     length: Tensor
@@ -109,6 +119,9 @@ def compare(rows: Utilities, layout: Layout, spec: ContrastSpec) -> Terms:
     Raises:
         BadInputError: ``pair_of_many``, ``labels_equal`` or ``nothing_to_order_by``.
     """
+    if len(layout.number) == 0:
+        none = rows.v[:0]
+        return Terms(none, layout.number, none.detach())
     if spec.comparison in ("pair", "all_pairs", "gaps"):
         return _pairs(rows, layout, spec)
     if spec.comparison == "k_vs_worse":
@@ -168,16 +181,16 @@ def _pairs(rows: Utilities, layout: Layout, spec: ContrastSpec) -> Terms:
             "rewards/rejected": worse,
             "rewards/margin": gap,
             "rewards/accuracy": agreement(gap, two.p),
-            "logps/chosen": rows.s[two.better],
-            "logps/rejected": rows.s[two.worse],
+            "logps/chosen": rows.total[two.better],
+            "logps/rejected": rows.total[two.worse],
             "length/gap": (rows.length[two.better] - rows.length[two.worse]).to(gap),
             "grad_weight": spec.scale * _slope(cost, better, worse),
         }
         if spec.psi == "logistic":
             columns["saturated"] = (gap.abs() > SATURATED).to(gap)
         if spec.pair_weight != "one":
-            factor = _pair_weight(rows, two, spec.pair_weight)
-            loss, columns["pair_weight"] = loss * factor, factor
+            columns["pair_weight"] = _pair_weight(rows, two, spec.pair_weight)
+    loss = loss * columns.get("pair_weight", 1.0)
     return Terms(loss, two.place, 0.5 * (rows.weight[two.better] + rows.weight[two.worse]), columns)
 
 
@@ -309,7 +322,7 @@ def _better_than_all_worse(rows: Utilities, layout: Layout, spec: ContrastSpec) 
             "rewards/rejected": mean,
             "rewards/margin": own - mean,
             "rewards/accuracy": win.sum(dim=1) / count,
-            "logps/chosen": rows.s[layout.index[place, k]],
+            "logps/chosen": rows.total[layout.index[place, k]],
             "grad_weight": spec.scale * _slope(cost, own, others),
         }
         if spec.score_temperature:
@@ -345,9 +358,10 @@ def _posterior(rows: Utilities, layout: Layout, spec: ContrastSpec) -> Terms:
             "rewards/rejected": rest,
             "rewards/margin": top - rest,
             "ess": 1.0 / alpha.square().sum(dim=1),
-            "capped": ((ratio.abs() > cap) & valid).sum(dim=1) / count,
             "grad_weight": 0.5 * (alpha - log_beta.exp().masked_fill(~valid, 0.0)).abs().sum(dim=1),
         }
+        if spec.log_weight_cap is not None:
+            columns["capped"] = ((ratio.abs() > cap) & valid).sum(dim=1) / count
         weight = rows.weight[index].masked_fill(~valid, 0.0).sum(dim=1) / count
     return Terms(loss, place, weight, columns)
 
@@ -365,16 +379,15 @@ def _single(rows: Utilities, layout: Layout, spec: ContrastSpec) -> Terms:
         label = torch.ones_like(rows.v[index]) if rows.label is None else rows.label.to(rows.v)[index]
         told = label >= 0 if spec.comparison == "wanted" else torch.ones_like(label, dtype=torch.bool)
     place, index, label = place[told], index[told], label[told]
-    v, s = rows.v[index], rows.s[index]
-    columns = {"logps/chosen": s}
+    v = rows.v[index]
+    columns = {"logps/chosen": rows.total[index]}
     if spec.psi == "prospect":
         sign = torch.sign(label)
         side = torch.full_like(v, spec.undesirable_weight).masked_fill(label > 0, spec.desirable_weight)
         columns = {"desirable": (label > 0).to(v), "saturated": (v.abs() > SATURATED).to(v)}
 
-        # 1 - sigma(x) as sigma(-x): the subtraction would round small losses away.
         def cost(v: Tensor) -> Tensor:
-            return side * torch.sigmoid(-sign * v)
+            return prospect(sign * v, side)
 
     elif spec.psi == "f_sft":
         columns["rewards/chosen"] = v

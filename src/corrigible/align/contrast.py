@@ -154,9 +154,10 @@ def contrast_loss(
         a half), ``logps/chosen``, ``logps/rejected``, ``length/gap`` (tokens, chosen minus rejected),
         ``grad_weight`` (mean slope of the loss), ``saturated`` (share with ``|d| > 10``), ``pair_weight``,
         ``example_weight``, ``score_temperature``, ``ess`` and ``capped`` (BRAIn), ``desirable`` and ``z0``
-        (KTO), ``anchor`` (its part of the loss), ``log_ratio`` (mean ``log pi - log pi_ref``: on
-        samples of the reference minus the KL divergence to the policy). ``rows/left_out`` counts rows without
-        tokens or cut off. Without ``denominator`` also ``margin_length_correlation``.
+        (KTO), ``anchor`` (its part of the loss), ``reference_gap`` (mean ``log pi - log pi_ref`` of the rows:
+        on samples of the reference, minus its KL divergence to the policy). ``rows/left_out`` counts rows
+        without tokens or cut off, when there are any. Without ``denominator`` also
+        ``margin_length_correlation``.
 
     Raises:
         BadInputError: shapes do not fit, something that the loss needs is not there, or labels make no sense.
@@ -177,6 +178,7 @@ def contrast_loss(
     utilities = Utilities(
         v=spec.beta * (_link(reduced.h, spec) - point),
         s=reduced.s,
+        total=reduced.total.detach(),
         reference=reduced.reference,
         mean=reduced.mean,
         length=reduced.length,
@@ -300,14 +302,15 @@ def _average(
         valid = layout.valid
         weight = rows.weight[layout.index].masked_fill(~valid, 0.0) / valid.sum(dim=1, keepdim=True)
         ratios = (reduced.s.detach() - reduced.reference)[layout.index]
-        metrics["log_ratio"] = float((weight * ratios).sum()) / total
-    if spec.anchor > 0.0:
+        metrics["reference_gap"] = float((weight * ratios).sum()) / total
+    if spec.anchor > 0.0 and len(terms.loss):
         anchor = _anchor(rows, reduced, layout, spec, share, terms.place) / total
         loss = loss + anchor
         metrics["anchor"] = float(anchor.detach())
     if spec.psi == "prospect":
         metrics["z0"] = z0 * float(share.sum()) / total
-    metrics["rows/left_out"] = float(left_out)
+    if left_out:
+        metrics["rows/left_out"] = float(left_out)
     if denominator is None and "length/gap" in terms.columns and len(terms.loss) > 2:
         pair = torch.stack([terms.columns["rewards/margin"], terms.columns["length/gap"]]).double()
         if bool((pair.std(dim=1) > 0).all()):

@@ -21,6 +21,7 @@ from corrigible.align.losses import (
     check_logps,
     implicit_rewards,
     per_item,
+    prospect,
     weighted_mean,
     whole_weight,
     widen,
@@ -137,8 +138,7 @@ def kto_loss(
     sign = torch.full_like(rewards, -1.0).masked_fill(desirable, 1.0)
     gain = sign * (rewards - beta * z0)
     scale = torch.full_like(rewards, undesirable_weight).masked_fill(desirable, desirable_weight)
-    # 1 - sigma(x) as sigma(-x): the subtraction would round small losses away.
-    losses = scale * torch.sigmoid(-gain)
+    losses = prospect(gain, scale)
     loss = weighted_mean(losses, weights, total)
 
     with torch.no_grad():

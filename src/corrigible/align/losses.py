@@ -34,6 +34,7 @@ __all__ = [
     "label_mean",
     "minus_log_sigmoid",
     "per_item",
+    "prospect",
     "smoothed",
     "soft_logistic",
     "unflipped",
@@ -99,6 +100,14 @@ def label_mean(
         ``(n,)``.
     """
     return p_chosen * psi(difference - margin) + (1.0 - p_chosen) * psi(-difference - margin)
+
+
+def prospect(gain: Tensor, scale: Tensor) -> Tensor:
+    """KTO's loss of a gain or loss against the reference point, ``scale (1 - sigma(gain))``, ``(n,)``.
+
+    As ``sigma(-gain)``: the subtraction would round small losses away.
+    """
+    return scale * torch.sigmoid(-gain)
 
 
 def smoothed(p_chosen: Tensor, rate: float) -> Tensor:

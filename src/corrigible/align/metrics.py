@@ -29,6 +29,15 @@ OBJECTIVE: dict[str, str] = {
     "rewards/margin": "difference of the mean implicit rewards of the better and the worse side",
     "logps/chosen": "mean log-prob of the preferred responses under the policy, nats, summed over tokens",
     "logps/rejected": "the same of the others",
+    "length/gap": "mean length of what was preferred minus that of what was not, tokens",
+    "reference_gap": "mean of log pi minus log pi_ref of the answers, nats; on answers that the reference "
+    "sampled, minus its KL divergence to the policy",
+    "anchor": "the part of the loss that is the likelihood of the preferred response",
+    "pair_weight": "mean weight that the policy's own probabilities give to a pair",
+    "score_temperature": "mean gap of scores that tempers a comparison",
+    "ess": "mean effective number of answers of a prompt that the posterior rests on; near 1, one decides",
+    "capped": "share of answers whose weight in the posterior was capped",
+    "example_weight": "mean weight of an answer, by its score",
     # single answers
     "rewards/desirable": "mean implicit reward of the answers found good; absent when a batch has none",
     "rewards/undesirable": "the same of those found bad",
@@ -59,12 +68,32 @@ PAIRS = (
     *("logps/chosen", "logps/rejected", "grad_weight", "saturated"),
 )
 
+MARGINS = (*PAIRS[:-1], "length/gap")
+TO_REFERENCE = (*PAIRS, "length/gap", "reference_gap")
+
+RANKED = (*PAIRS[:6], "grad_weight")
+
 TOKENS = ("loss", "nll", "probability", "nll/sequence", "weight", "grad_weight")
 
 USUAL = {"pairs": PAIRS, "tokens": TOKENS}
 """What objectives on each kind of examples log, if nothing else is said."""
 
 LOGGED: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("cdpo", "rdpo", "f-dpo", "spin"), TO_REFERENCE),
+    "wpo": (*TO_REFERENCE, "pair_weight"),
+    **dict.fromkeys(("ipo", "hinge-norm", "copg"), (*MARGINS, "reference_gap")),
+    **dict.fromkeys(("slic", "rrhf"), (*MARGINS, "anchor")),
+    "simpo": (*PAIRS, "length/gap", "anchor"),
+    "orpo": (*PAIRS, "length/gap", "anchor"),
+    **dict.fromkeys(("pref-ft", "unlikelihood"), MARGINS),
+    "plackett-luce": (*RANKED, "reference_gap"),
+    "pro": (*RANKED, "score_temperature", "anchor"),
+    "brain": (
+        *("loss", "rewards/chosen", "rewards/rejected", "rewards/margin", "grad_weight"),
+        *("reference_gap", "ess", "capped"),
+    ),
+    **dict.fromkeys(("rwr", "awr"), ("loss", "logps/chosen", "example_weight", "grad_weight")),
+    "f-sft": ("loss", "rewards/chosen", "logps/chosen", "reference_gap", "grad_weight"),
     "kto": (
         *("loss", "rewards/desirable", "rewards/undesirable", "rewards/margin", "desirable", "z0"),
         *("grad_weight", "saturated"),
@@ -78,7 +107,18 @@ LOGGED: dict[str, tuple[str, ...]] = {
 }
 """What an algorithm's objective logs instead, by name, in the order of its page."""
 
-SOMETIMES = frozenset({"kl", "entropy", "rewards/desirable", "rewards/undesirable", "rewards/margin"})
+SOMETIMES = frozenset(
+    {
+        "kl",
+        "entropy",
+        "anchor",
+        "capped",
+        "reference_gap",
+        "rewards/desirable",
+        "rewards/undesirable",
+        "rewards/margin",
+    }
+)
 """Those that a batch or a setting may leave out."""
 
 

@@ -158,6 +158,7 @@ class PairExample:
         behaviour: per side, the log-probs of its scored tokens that were recorded when it was sampled
             (under the plain model, temperature 1), and the id of the policy version that sampled
             it; ``None`` when it was not sampled by a recorded policy.
+        flip_rate: share of flipped labels of whoever judged it, in [0, 0.5); ``None`` when nobody said.
     """
 
     rows: tuple[Rendered, Rendered]
@@ -167,6 +168,7 @@ class PairExample:
     derived_from: tuple[str, ...]
     prompt_tokens_cut: int = 0
     behaviour: tuple[Behaviour | None, Behaviour | None] = (None, None)
+    flip_rate: float | None = None
 
 
 class Behaviour(NamedTuple):
@@ -231,8 +233,9 @@ class PairSource(ListSource[PairExample]):
         self.pairs: list[Pair] = found.kept
 
     def worth(self, example: PairExample) -> tuple[object, ...]:
-        """Its label and its weight."""
-        return example.p_chosen, example.weight
+        """Its label, its weight, and how often such labels are flipped where that is known."""
+        known = () if example.flip_rate is None else (example.flip_rate,)
+        return example.p_chosen, example.weight, *known
 
 
 class RenderedAll(NamedTuple, Generic[T, E]):
@@ -259,6 +262,7 @@ def render_all(
         BadInputError: nothing is left.
     """
     found: RenderedAll[T, E] = RenderedAll([], [], Counter())
+    such_as: dict[str, str] = {}
     for index, item in enumerate(track(items, f"render {noun}s", unit=noun)):
         try:
             found.examples.append(render(item))
@@ -267,24 +271,45 @@ def render_all(
             if invalid == "raise":
                 raise Unusable(
                     error.reason,
-                    f"{noun} {index} of {len(items)} ({error.message.split(': ', 1)[1]})",
+                    f"{noun} {index} of {len(items)}{_of_record(item)} ({error.message.split(': ', 1)[1]})",
                     advice=error.advice or f"Leave such {noun}s out with invalid='skip'.",
                 ) from error
             found.skipped[error.reason] += 1
+            such_as.setdefault(error.reason, _of_record(item))
     if not found.examples:
         why = ", ".join(f"{n} {reason}" for reason, n in found.skipped.items()) or "the input was empty"
         raise BadInputError(
             f"There is no {noun} to train on ({why}).", advice="Check the data and max_length."
         )
-    say_skipped(found.skipped, noun)
+    say_skipped(found.skipped, noun, such_as)
     return found
 
 
-def say_skipped(skipped: Counter[str], noun: str) -> None:
-    """An alert ``<noun>s_skipped`` that lists what was left out by reason; nothing when nothing was."""
+def _of_record(item: object) -> str:
+    """`` from record ...``: the first record behind an item, or nothing when it names none."""
+    records = getattr(item, "derived_from", ())
+    return f" from record {records[0]}" if records else ""
+
+
+def say_skipped(skipped: Counter[str], noun: str, such_as: Mapping[str, str] | None = None) -> None:
+    """An alert ``<noun>s_skipped`` that lists what was left out by reason; nothing when nothing was.
+
+    Args:
+        skipped: how many, by reason.
+        noun: what they are called.
+        such_as: by reason, where the first of them came from.
+    """
     if skipped:
-        listing = ", ".join(f"{count} {reason}" for reason, count in sorted(skipped.items()))
+        named = such_as or {}
+        listing = ", ".join(
+            f"{count} {reason}{_first(named.get(reason, ''), count)}"
+            for reason, count in sorted(skipped.items())
+        )
         emit(Alert(name=f"{noun}s_skipped", message=f"Left out of training: {listing}."))
+
+
+def _first(origin: str, count: int) -> str:
+    return f" ({'the first' if count > 1 else 'it'} came{origin})" if origin else ""
 
 
 def row_key(row: Rendered) -> bytes:
