@@ -76,7 +76,8 @@ def test_the_table_leaves_nothing_out() -> None:
     read = set(read_by_commands(typer.main.get_command(app))) - MAKES_IT
     for name in ALGORITHMS.keys() - set(SHOWN):
         options = {option for command, option in read if command == f"train {name}"}
-        assert options <= {option for command, option in ABSENT if command == "train dpo"}
+        own = {f"--{field}" for field in ALGORITHMS[name].config.model_fields}  # a word, not a file
+        assert options - own <= {option for command, option in ABSENT if command == "train dpo"}
         read -= {(f"train {name}", option) for option in options}
     assert read <= set(ABSENT)
 

@@ -219,7 +219,7 @@ def test_defaults_of_the_command_are_those_of_the_library(name: str) -> None:
 
     from corrigible.align import TrainConfig, train
 
-    options = {parameter.name: parameter for parameter in algorithm_commands()[name].params}
+    options = {parameter.name: parameter for parameter in algorithm_commands(name)[name].params}
     for config in (TrainConfig, ALGORITHMS[name].config):
         for field, info in config.model_fields.items():
             option = options.get(field) or options[f"{name.replace('-', '_')}_{field}"]

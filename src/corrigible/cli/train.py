@@ -65,8 +65,10 @@ class TrainGroup(TyperGroup):
         self._commands = dict(value)
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
-        """The command of that name; those that are no algorithm are found without the registry."""
-        return self._commands.get(cmd_name) or super().get_command(ctx, cmd_name)
+        """The command of that name alone; one that is no algorithm is found without the registry."""
+        if cmd_name not in self._commands and not self._filled:
+            self._commands |= algorithm_commands(cmd_name)
+        return self._commands.get(cmd_name)
 
 
 def register(app: typer.Typer) -> None:
@@ -87,14 +89,14 @@ def register(app: typer.Typer) -> None:
     add_reward_command(group)
 
 
-def algorithm_commands() -> dict[str, Any]:
-    """A command per registered algorithm, by family."""
+def algorithm_commands(*names: str) -> dict[str, Any]:
+    """A command per registered algorithm (of those names, where some are given), by family."""
     from corrigible.align import ALGORITHMS
 
     made = typer.Typer(rich_markup_mode="rich")
     for family, heading in FAMILIES.items():
         for entry in ALGORITHMS.values():
-            if entry.family == family:
+            if entry.family == family and (not names or entry.name in names):
                 made.command(
                     entry.name,
                     help=_help(entry),
