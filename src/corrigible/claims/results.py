@@ -57,6 +57,7 @@ class Plan:
     kind: str
     seeds: tuple[int, ...]
     done: Mapping[int, SeedRun]
+    version: Mapping[str, str]
 
 
 class Results:
@@ -96,7 +97,7 @@ class Results:
                     f"Claim {claim.id} has no result in {self.folder} that more seeds could be added to.",
                     advice=f"corrigible claims run {claim.id} first.",
                 )
-            return Plan(1, "first", claim.seeds, drafted)
+            return Plan(1, "first", claim.seeds, drafted, version_of(claim))
         newest = record.history[-1]
         changed = newest["version"]["claim"] != claim_digest(claim)
         seeds = claim.seeds
@@ -109,7 +110,8 @@ class Results:
         kind = "more seeds" if more else "changed" if changed else "again"
         same_code = newest["version"]["code"] == code_digest(claim)
         done = {**record.runs, **drafted} if more and same_code else drafted
-        return Plan(newest["look"] + again, kind, seeds, {s: run for s, run in done.items() if s in seeds})
+        done = {seed: run for seed, run in done.items() if seed in seeds}
+        return Plan(newest["look"] + again, kind, seeds, done, version_of(claim))
 
     def up_to_date(self, claim: Claim) -> bool:
         """Whether there is a result without failures that this very code made."""
@@ -135,14 +137,15 @@ class Results:
         def keep(run: SeedRun) -> None:
             if run.outcome is not None:  # what failed is tried again
                 runs[run.seed] = run
-                write_json(self._draft_path(claim), {"code": code_digest(claim), "runs": _runs_to_json(runs)})
+                draft = {"code": plan.version["code"], "runs": _runs_to_json(runs)}
+                write_json(self._draft_path(claim), draft)
 
         result = run_claim(claim, plan.seeds, look=plan.look, done=plan.done, after_seed=keep)
-        self.write(claim, result, kind=plan.kind)
+        self.write(claim, result, plan)
         self._draft_path(claim).unlink(missing_ok=True)
         return result
 
-    def write(self, claim: Claim, result: ClaimResult, *, kind: str = "first") -> Record:
+    def write(self, claim: Claim, result: ClaimResult, plan: Plan) -> Record:
         """Keep a result: it becomes the newest, and its look is added to the history.
 
         Raises:
@@ -152,7 +155,7 @@ class Results:
         found = result.to_json()
         entry = {
             "look": result.look,
-            "kind": kind,
+            "kind": plan.kind,
             "date": datetime.now(UTC).strftime("%Y-%m-%d"),
             "seeds": list(result.seeds),
             "verdict": result.verdict,
@@ -161,11 +164,8 @@ class Results:
             "p": result.p,
             "alpha": result.alpha,
             "seconds": result.seconds,
-            "version": {
-                "corrigible": _version(),
-                "claim": claim_digest(claim),
-                "code": code_digest(claim),
-            },
+            # Of the code as it was when the run began: a long one may outlive an edit.
+            "version": dict(plan.version),
         }
         record = Record(
             about=about(claim),
@@ -234,11 +234,13 @@ def about(claim: Claim) -> dict[str, Any]:
     }
 
 
-def _version() -> str:
+def version_of(claim: Claim) -> dict[str, str]:
+    """``corrigible`` (the package's version), ``claim`` and ``code`` (digests) of a claim as it is now."""
     try:
-        return metadata.version("corrigible")
+        package = metadata.version("corrigible")
     except metadata.PackageNotFoundError:
-        return "unknown"
+        package = "unknown"
+    return {"corrigible": package, "claim": claim_digest(claim), "code": code_digest(claim)}
 
 
 def _runs_to_json(runs: Mapping[int, SeedRun]) -> dict[str, Any]:
