@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -28,7 +29,7 @@ def effect_plot(id: str, effects: Sequence[Mapping[str, Any]], kinds: Sequence[s
         kinds: "effect" or "control" for each.
     """
     shown = [(e, k) for e, k in zip(effects, kinds, strict=True) if e["unit"] == effects[0]["unit"]]
-    figure, axes = new_figure(7.2, 0.9 + 0.55 * len(shown))
+    figure, axes = new_figure(7.2, 0.9 + 0.65 * len(shown))
     for i, (each, kind) in enumerate(shown):
         good, bad = (
             (each["shown"], each["refuted"]) if kind == "effect" else (not each["shown"], each["shown"])
@@ -37,7 +38,7 @@ def effect_plot(id: str, effects: Sequence[Mapping[str, Any]], kinds: Sequence[s
         _interval(axes, i, each["per_seed"], (each["effect"], *each["interval"]), colour)
     for bound in _bounds(effects[0]["asks"]):
         axes.axvline(bound, color=INK, linewidth=0.8, linestyle=(0, (4, 3)))
-    axes.set_yticks(range(len(shown)), [_short(e["name"], 44) for e, _ in shown])
+    axes.set_yticks(range(len(shown)), [_lines(e["name"], 40) for e, _ in shown])
     axes.invert_yaxis()
     axes.margins(y=0.3)
     axes.set_xlabel(effects[0]["unit"] or "effect")
@@ -56,7 +57,7 @@ def arms_plot(id: str, panel: str, arms: Mapping[str, Sequence[float]]) -> str:
             _interval(axes, i, numbers, (mean.value, mean.low, mean.high), COLOURS[i % len(COLOURS)])
         else:
             axes.plot(numbers, [i] * len(numbers), "o", color=COLOURS[i % len(COLOURS)])
-    axes.set_yticks(range(len(arms)), [_short(name.rpartition("/")[2], 28) for name in arms])
+    axes.set_yticks(range(len(arms)), [_lines(name.rpartition("/")[2], 26) for name in arms])
     axes.invert_yaxis()
     axes.margins(y=0.3 if len(arms) > 1 else 1.0)
     axes.set_xlabel(panel or "value")
@@ -102,5 +103,6 @@ def _bounds(asks: str) -> list[float]:
     return [float(word) for word in asks.split() if word not in ("above", "within", "to")]
 
 
-def _short(text: str, most: int) -> str:
-    return text if len(text) <= most else text[: most - 1] + "…"
+def _lines(text: str, width: int) -> str:
+    """``text`` on as many lines as it needs: what tells two names apart often stands at their ends."""
+    return "\n".join(textwrap.wrap(text, width, break_long_words=False))
