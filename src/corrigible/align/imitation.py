@@ -21,7 +21,6 @@ from corrigible.align.tokens import Spans, TokenExample, TokenSource, demonstrat
 from corrigible.events import Alert, emit
 from corrigible.models import Renderer
 from corrigible.records import Episode
-from corrigible.store.conversions import kinds_for
 from corrigible.store.signals import Demonstrated
 
 DIVISOR = (
@@ -146,7 +145,6 @@ class SFTConfig(AlgorithmConfig):
     family="tokens",
     weight="judgement",
     config=SFTConfig,
-    learns_from=kinds_for("demonstrations"),
     paper="Ouyang et al. 2022, Training language models to follow instructions (arXiv:2203.02155), step 1; "
     "label smoothing: Szegedy et al. 2016 (arXiv:1512.00567)",
     needs_reference=False,
@@ -181,7 +179,6 @@ class WeightedSFTConfig(AlgorithmConfig):
     family="tokens",
     weight="judgement x quality class x span",
     config=WeightedSFTConfig,
-    learns_from=kinds_for("demonstrations"),
     paper="Peters & Schaal 2007, Reinforcement learning by reward-weighted regression, with weights from "
     "judgements; span weights: Wu et al. 2023, Fine-Grained Human Feedback (arXiv:2306.01693)",
     needs_reference=False,
@@ -214,7 +211,6 @@ class DFTConfig(AlgorithmConfig):
     family="tokens",
     weight="judgement x the token's own probability",
     config=DFTConfig,
-    learns_from=kinds_for("demonstrations"),
     paper="Wu et al. 2025, On the Generalization of SFT (arXiv:2508.05629)",
     needs_reference=False,
     measure=token_totals,
@@ -251,7 +247,6 @@ class OTRConfig(AlgorithmConfig):
     family="tokens",
     weight="judgement x reward of a sampled token",
     config=OTRConfig,
-    learns_from=kinds_for("demonstrations"),
     paper="Ming et al. 2025, One-Token Rollout (arXiv:2509.26313)",
     needs_reference=False,
     measure=token_totals,
@@ -289,7 +284,6 @@ def _signed_totals(batch: ScoredExamples[TokenExample], config: UnlikelihoodToke
     family="tokens",
     weight="judgement x span",
     config=UnlikelihoodTokensConfig,
-    learns_from=kinds_for("demonstrations"),
     paper="Welleck et al. 2020, Neural Text Generation with Unlikelihood Training (arXiv:1908.04319)",
     needs_reference=False,
     measure=_signed_totals,
@@ -342,7 +336,6 @@ class MFTConfig(AlgorithmConfig):
     family="tokens",
     weight="judgement",
     config=MFTConfig,
-    learns_from=kinds_for("demonstrations"),
     paper="Chen et al. 2024, Masked Thought (arXiv:2403.02178)",
     needs_reference=False,
     measure=token_totals,
