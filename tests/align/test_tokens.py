@@ -191,7 +191,7 @@ def test_what_weighs_nothing_is_read_but_not_scored(policy: LanguagePolicy) -> N
 def test_spans_may_be_kept_weighed_or_signed(policy: LanguagePolicy) -> None:
     one = demonstrated("Why?", "abcd", spans=((0, 1, -2.0), (1, 2, 0.25)))
     found = {
-        mode: demonstration_source([one], policy.renderer, spans=mode).examples[0].token_weights  # type: ignore[arg-type]
+        mode: demonstration_source([one], policy.renderer, spans=mode).examples[0].token_weights
         for mode in ("keep", "weights", "signed")
     }
     assert found == {
