@@ -25,7 +25,9 @@ DIGITS_PEAKS = (0.03, 0.1, 0.3, 1.0)
 
 def shapes(budget: int) -> dict[str, Floats]:
     """Every schedule as shares of its peak rate, ``(budget,)``; those of UBA as ``"uba 4"``."""
-    found = {name: np.array([decay(name, t / budget) for t in range(budget)]) for name in FIXED}
+    found: dict[str, Floats] = {}
+    for name in FIXED:
+        found[name] = np.array([decay(name, t / budget) for t in range(budget)])
     for phi in PHIS:
         found[f"uba {phi:g}"] = np.array([decay("uba", t / budget, phi=phi) for t in range(budget)])
     return found
