@@ -92,9 +92,9 @@ def _gain(values: Values, panel: str, method: str = "RSO") -> float:
 def s176(seed: int) -> Outcome:
     """Objective ``E[r] - beta KL`` of the fitted policy, minus the optimum's.
 
-    The boundary of the claim stands beside it: when a Bradley-Terry model draws the labels, accepted answers
-    are so close in reward that their labels are mostly noise (``drawn labels``). Reported and not judged, as
-    is gamma 1.
+    The bounds of the claim stand beside it, reported and not judged. When a Bradley-Terry model draws the
+    labels, accepted answers, which are closer in reward, have noisier ones (``drawn labels``), and the order
+    is the other way round. So it is with gamma 1, even without noise.
     """
     world = tab_pref(
         seed, contexts=CONTEXTS, arms=ARMS, features=FEATURES, beta=BETA, spread=SPREAD, quadratic=QUADRATIC
