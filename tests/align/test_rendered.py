@@ -291,3 +291,18 @@ def test_neighbours_give_way_to_the_question_and_its_answer(policy: LanguagePoli
     alone = [SIGNALS["demonstrations"][0]]
     with pytest.raises(Unusable, match="no_neighbours"):
         source_of("demonstration-retrieval", policy, alone)
+
+
+def test_only_words_of_answers_are_read_as_others(policy: LanguagePolicy) -> None:
+    source = source_of("coh", policy, past_mask=1.0)
+    changed = 0
+    for step in range(6):
+        for example in source.batch(step, 4):
+            [row] = example.rows
+            other = [i for i in range(len(row)) if row.fed[i] != row.ids[i]]
+            assert {policy.renderer.decode([row.ids[i]]) for i in other} <= set("yes no0123")
+            assert set(other) <= set(row.scored) and not {row.ids[i] for i in other} & set(policy.end_ids)
+            changed += len(other)
+    assert changed > 20
+    plain = source_of("coh", policy, past_mask=0.0)
+    assert all(example.rows[0].inputs is None for example in plain.batch(0, 16))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
 import numpy as np
@@ -46,11 +47,13 @@ def lessons_of(
         BadInputError: nothing is left.
     """
 
-    def of(numbered: tuple[int, S]) -> Sequence[Lesson]:
-        number, signal = numbered
-        return said_of(signal, lambda: teach(signal, np.random.default_rng([seed, number])))
+    def of(numbered: _Numbered) -> Sequence[Lesson]:
+        return said_of(
+            numbered.signal, lambda: teach(numbered.signal, np.random.default_rng([seed, numbered.number]))
+        )
 
-    found = render_all(list(enumerate(signals)), of, noun=noun, invalid=invalid)
+    items = [_Numbered(number, signal) for number, signal in enumerate(signals)]
+    found = render_all(items, of, noun=noun, invalid=invalid)
     return [lesson for lessons in found.examples for lesson in lessons], dict(found.skipped)
 
 
@@ -79,13 +82,12 @@ def lesson_source(
     check_max_length(max_length)
     lessons, without = lessons_of(signals, teach, noun=noun, seed=seed, invalid=invalid)
 
-    def compiled(lesson: Lesson) -> Any:
-        try:
-            return token_example(lesson, renderer, max_length=max_length)
-        except Unusable as error:
-            raise _about(lesson, error) from error
-
-    found = render_all(lessons, compiled, noun="text", invalid=invalid)
+    found = render_all(
+        lessons,
+        lambda lesson: token_example(lesson, renderer, max_length=max_length),
+        noun="text",
+        invalid=invalid,
+    )
     found.skipped.update(without)
     return TokenSource(found.examples, seed=seed, skipped=found.skipped, corruptor=corruptor)
 
@@ -126,21 +128,21 @@ def said_of(signal: Any, make: Callable[[], T]) -> T:
     """What ``make`` makes of a signal.
 
     Raises:
-        Unusable: as ``make`` raises it, with the record that the signal comes from; ``no_prompt`` for one
-            that was said of an answer alone.
+        Unusable: as ``make`` raises it; ``no_prompt`` for a signal that was said of an answer alone.
     """
     if not getattr(signal, "prompt", True):
-        raise _about(signal, Unusable("no_prompt", "it was said of an answer alone, without what was asked"))
-    try:
-        return make()
-    except Unusable as error:
-        raise _about(signal, error) from error
+        raise Unusable("no_prompt", "it was said of an answer alone, without what was asked")
+    return make()
 
 
-def _about(source: Any, error: Unusable) -> Unusable:
-    """The error with the record behind it, for whoever has to look at it."""
-    records = getattr(source, "derived_from", ())
-    if not records:
-        return error
-    text = error.message.split(": ", 1)[1]
-    return Unusable(error.reason, f"{text}; from record {records[0]}", advice=error.advice)
+@dataclass(frozen=True)
+class _Numbered:
+    """A signal and its place."""
+
+    number: int
+    signal: Any
+
+    @property
+    def derived_from(self) -> tuple[str, ...]:
+        """What names it in a message."""
+        return tuple(getattr(self.signal, "derived_from", ()))
