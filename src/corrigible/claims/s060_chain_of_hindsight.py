@@ -68,7 +68,7 @@ def _hindsight(
         )
     ],
     seeds=range(5),
-    budget=420,
+    budget=480,
     threads=2,
 )
 def s060(seed: int) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random as python_random
 from collections.abc import Sequence
 
 import numpy as np
@@ -10,16 +11,23 @@ from corrigible.align.rendering import Segment, journey, shortcut
 from corrigible.align.rendering.journey import Reasons
 from corrigible.claims.fixtures.chain_policy import BATCH, trained
 from corrigible.claims.fixtures.learning import Fit, Row, imitate
-from corrigible.claims.fixtures.search_task import Search, facts, search_vocabulary, searches, solved, tries
+from corrigible.claims.fixtures.search_task import (
+    Search,
+    calculation,
+    search_vocabulary,
+    searches,
+    solved,
+    tries,
+)
 from corrigible.claims.fixtures.transformer import SmallTransformer, sample
 from corrigible.claims.fixtures.vocabulary import EOS
 from corrigible.claims.framework import Effect, claim
 
 LANGUAGE = search_vocabulary()
 SHORT, LONG, HELD_OUT = 3000, 300, 300
-FIRST, STEPS = 700, 300
+FIRST, STEPS = 700, 250
 TRIALS = 4
-FACTS = 8
+TEXTS = 4
 TOKENS = 128
 TUNING_LR = 2e-3
 
@@ -60,8 +68,9 @@ def _measured(model: SmallTransformer, test: Sequence[Search]) -> tuple[float, f
     figure="500 MATH problems: shortcut 38.6 %, journey 47.0 % (base 37.2 %); on another base 34.8 % and "
     "42.8 % (29.0 %).",
     setting="Two of four operations must lead from a digit to another; the tree is enumerated, solutions are "
-    f"checked. Phase 1: {SHORT} solutions, and the tables of arithmetic. Phase 2: {LONG} problems, {STEPS} "
-    f"steps. {TOKENS} tokens to answer in for every arm, greedy; a text that does not end is not solved.",
+    f"checked. Phase 1: {SHORT // 3} solutions and {SHORT} calculations. Phase 2: {LONG} problems, up to "
+    f"{TEXTS} texts each, {STEPS} steps. {TOKENS} tokens to answer in for every arm, greedy; a text that "
+    "does not end is not solved.",
     baselines=("solutions", "as many tokens of solutions to more problems", "searches without reasons"),
     effect=Effect(
         "search minus as many tokens of solutions",
@@ -86,13 +95,18 @@ def s135(seed: int) -> dict[str, float]:
     second = searches(10 * seed + 1, LONG, without=first)
     test = searches(10 * seed + 2, HELD_OUT, without=[*first, *second])
     rng = np.random.default_rng(seed)
-    known = [Row(prompt=LANGUAGE.encode(q), response=(*LANGUAGE.encode(a), EOS)) for q, a in facts()]
-    solutions = [_row(p, shortcut(p.tree(), rng)) for p in first]
-    # In solutions the last result is the target, whatever is added: arithmetic is not learnt from them.
-    start = trained([*solutions, *known * FACTS], LANGUAGE, steps=FIRST, seed=seed)
+    random = python_random.Random(seed)
+    # In solutions the last result is the target, whatever is added: arithmetic is learnt from calculations.
+    sums = [calculation(p, random) for p in first]
+    known = [Row(prompt=LANGUAGE.encode(q), response=(*LANGUAGE.encode(a), EOS)) for q, a in sums]
+    solutions = [_row(p, shortcut(p.tree(), rng)) for p in first[: SHORT // 3]]
+    start = trained([*solutions, *known], LANGUAGE, steps=FIRST, seed=seed)
+    second = second * TEXTS
     journeys = [_row(p, _journey(p, rng)) for p in second]
     short = [_row(p, shortcut(p.tree(), rng)) for p in second]
-    more = round(LONG * sum(len(row.response) for row in journeys) / sum(len(row.response) for row in short))
+    more = round(
+        len(short) * sum(len(row.response) for row in journeys) / sum(len(row.response) for row in short)
+    )
     other = searches(10 * seed + 3, more, without=[*first, *second, *test])
     arms = {
         "shortcut": short,
@@ -105,7 +119,7 @@ def s135(seed: int) -> dict[str, float]:
     for name, rows in arms.items():
         model = start.copy()
         # Solutions are short: a batch of as many tokens holds more of them.
-        size = round(BATCH * more / LONG) if name == "shortcut, as many tokens" else BATCH
+        size = round(BATCH * more / len(short)) if name == "shortcut, as many tokens" else BATCH
         imitate(model, rows, Fit(steps=STEPS, rows=size, lr=TUNING_LR, seed=seed))
         values[name], values[f"solved after going back/{name}"], values[f"ways tried/{name}"] = _measured(
             model, test

@@ -6,11 +6,19 @@ from collections import Counter
 from collections.abc import Sequence
 
 from corrigible.align.rendering import Serving, rise, rise_serving
-from corrigible.claims.fixtures.chain_policy import BATCH, share_right, solution_row, solutions, trained
+from corrigible.claims.fixtures.chain_policy import (
+    BATCH,
+    LR,
+    first_model,
+    share_right,
+    solution_row,
+    solutions,
+)
 from corrigible.claims.fixtures.digit_chain import Problem, answer_of, chain_vocabulary, problems
 from corrigible.claims.fixtures.learning import Fit, Row, imitate
 from corrigible.claims.fixtures.lessons import asks, prompt_ids, row_of, says
 from corrigible.claims.fixtures.transformer import SmallTransformer, sample
+from corrigible.claims.fixtures.vocabulary import EOS
 from corrigible.claims.framework import Effect, Outcome, claim
 from corrigible.store.signals import Attempt, Attempts
 
@@ -18,11 +26,27 @@ RETRY = "[INCORRECT. TRY AGAIN]"
 SERVING = rise_serving(retry=RETRY)
 LANGUAGE = chain_vocabulary(RETRY)
 LINKS, DISTRACTORS = 2, 1
-TRAINING, ROLLED_OUT, HELD_OUT = 1500, 400, 300
-FIRST, STEPS, ITERATIONS = 400, 120, 2
+TRAINING, ROLLED_OUT, HELD_OUT = 1500, 600, 300
+FIRST, STEPS, ITERATIONS = 200, 180, 2
 SAMPLES, TURNS = 16, 5
 TUNING_LR = 1.5e-3
 TEMPERATURE = 0.7
+
+
+def _first_rows(train: Sequence[Problem]) -> list[Row]:
+    """Solutions, and for a third of the problems the same solution once more when asked again.
+
+    A model must know what a conversation is before it can learn anything about what to say in it; this one
+    knows how to repeat itself.
+    """
+    again = [
+        Row(
+            prompt=prompt_ids(asks(p.question), LANGUAGE, SERVING, answers=[p.solution]),
+            response=(*LANGUAGE.encode(p.solution), EOS),
+        )
+        for p in train[::3]
+    ]
+    return [*(solution_row(p, LANGUAGE) for p in train), *again]
 
 
 def _again(
@@ -146,7 +170,8 @@ def s147(seed: int) -> Outcome:
         10 * seed + 1, ITERATIONS * ROLLED_OUT + HELD_OUT, links=LINKS, distractors=DISTRACTORS, without=train
     )
     test = fresh[ITERATIONS * ROLLED_OUT :]
-    start = trained([solution_row(p, LANGUAGE) for p in train], LANGUAGE, steps=FIRST, seed=seed)
+    start = first_model(seed, LANGUAGE).copy()
+    imitate(start, _first_rows(train), Fit(steps=FIRST, rows=BATCH, lr=LR / 2, seed=seed))
     models = {"before": start, "rise": start, "rft": start}
     values, curves = {}, {}
     for iteration in range(ITERATIONS):

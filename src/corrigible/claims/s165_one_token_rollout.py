@@ -20,8 +20,8 @@ from corrigible.claims.framework import Effect, Outcome, claim
 
 LANGUAGE = chain_vocabulary()
 LINKS, DISTRACTORS = 2, 0
-FIRST, STEPS, LOOKS = 700, 100, 5
-DEMONSTRATIONS, HELD_OUT = 500, 300
+FIRST, STEPS, LOOKS = 700, 100, 4
+DEMONSTRATIONS, HELD_OUT = 500, 250
 RATES = (3e-4, 1e-3, 3e-3)
 KAPPA, WRONG_REWARD = 1.3, -0.1
 
