@@ -116,8 +116,9 @@ class GoalPolicy:
         random = generator(seed, 123)
 
         def layer(rows: int, columns: int, scale: float = 1.0) -> Tensor:
-            weight = scale * torch.randn(rows, columns, generator=random) / rows**0.5
-            return weight.requires_grad_()
+            weight: Tensor = scale * torch.randn(rows, columns, generator=random) / rows**0.5
+            weight.requires_grad_()
+            return weight
 
         self.weights = [layer(FEATURES + 1, HIDDEN), layer(HIDDEN, HIDDEN), layer(HIDDEN, 1, 0.0)]
         self.biases = [torch.zeros(HIDDEN, requires_grad=True) for _ in range(2)]
@@ -250,9 +251,9 @@ def s169(seed: int) -> Outcome:
     """Expected score on contexts that were not trained on; the product relabels the pairs and writes the
     goals.
 
-    Two things are reported and not judged. Passing over the pairs twice as often helps plain DPO, too. And the
-    policy that is asked for the best leaves the reference further: when DPO's policy is exaggerated to the
-    same KL it scores as high, so that goals buy control and distance, not a better score at equal cost.
+    Two things are reported and not judged. Passing over the pairs twice as often helps plain DPO, too. And
+    the policy that is asked for the best leaves the reference further: when DPO's policy is exaggerated to
+    the same KL it scores as high, so that goals buy control and distance, not a better score at equal cost.
     Seeds begin at 100: a first design (threshold 0.1 against the better of both lengths of DPO, 1,500 steps)
     was looked at on seeds 0 to 7, and came out inconclusive, at 0.11 [-0.12, 0.33].
     """
