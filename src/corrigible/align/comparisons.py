@@ -1,20 +1,21 @@
 """Steps 3 and 4 of a contrast loss: what is held against what, and what it costs.
 
 Every function takes one number a row (``v``, the utility times ``beta``) and who belongs together
-(:class:`Layout`), and gives :class:`Terms`: one loss a comparison. Whatever is averaged over groups and
-divided happens in :mod:`corrigible.align.contrast`.
+(:class:`~corrigible.align.layout.Layout`), and gives :class:`~corrigible.align.layout.Terms`: one loss a
+comparison. Whatever is averaged over groups and divided happens in :mod:`corrigible.align.contrast`.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from corrigible.align.contrast_spec import MOST_FLIPPED, ContrastSpec, Divergence
+from corrigible.align.layout import Layout, Terms, Utilities, known, needed, order_of, slope_of
 from corrigible.align.losses import (
     SATURATED,
     agreement,
@@ -32,85 +33,6 @@ EXPONENT = 80.0
 FLOOR = -0.5
 """Below this the squared-Hellinger and Jensen-Shannon functions of f-SFT go on as straight lines: their poles
 are at -1 and at -log 2."""
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Rows by group.
-
-    Attributes:
-        index: ``(groups, most)`` int64, the rows of each group in order; 0 where there are fewer.
-        valid: ``(groups, most)`` bool, which of these are rows.
-        number: ``(groups,)`` int64, which of the batch's groups each is, in ascending order of their ids.
-        total: how many groups the batch has, those of which no row is left included.
-    """
-
-    index: Tensor
-    valid: Tensor
-    number: Tensor
-    total: int
-
-    @classmethod
-    def of(cls, group: Tensor, kept: Tensor, counted: Tensor) -> Layout:
-        """Of rows with these group ids ``(n,)``: ``counted`` ones make a group, ``kept`` ones are in it."""
-        ids, place = torch.unique(group[counted], return_inverse=True)
-        slot = torch.zeros_like(group)
-        slot[counted] = place
-        rows = kept.nonzero()[:, 0]
-        rows = rows[torch.argsort(slot[rows], stable=True)]
-        number, sizes = torch.unique_consecutive(slot[rows], return_counts=True)
-        most = int(sizes.max()) if len(sizes) else 0
-        valid = torch.arange(most, device=group.device) < sizes[:, None]
-        index = torch.zeros(valid.shape, dtype=torch.int64, device=group.device)
-        index[valid] = rows
-        return cls(index, valid, number, len(ids))
-
-
-@dataclass(frozen=True)
-class Utilities:
-    """What comparisons may look at; ``(n,)`` where nothing else is said.
-
-    Attributes:
-        v: ``beta * (u - z0)``, with gradient.
-        s: reduced log-prob under the policy, nats, with gradient.
-        total: plain sum of the tokens' log-probs under the policy; a constant.
-        reference: reduced log-prob under the reference; zeros without one.
-        mean: mean log-prob per token under the policy; a constant.
-        length: scored tokens.
-        weight: of the row.
-        score, label, logq: as in :class:`~corrigible.align.contrast.ContrastRows`.
-        p_chosen, flip_rate: per group of the batch.
-    """
-
-    v: Tensor
-    s: Tensor
-    total: Tensor
-    reference: Tensor
-    mean: Tensor
-    length: Tensor
-    weight: Tensor
-    score: Tensor | None = None
-    label: Tensor | None = None
-    logq: Tensor | None = None
-    p_chosen: Tensor | None = None
-    flip_rate: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class Terms:
-    """Comparisons and what they cost.
-
-    Attributes:
-        loss: ``(c,)``, with gradient.
-        place: ``(c,)`` int64, which group of the layout each belongs to.
-        weight: ``(c,)``, mean weight of its rows; a constant.
-        columns: further numbers of every comparison, to be logged.
-    """
-
-    loss: Tensor
-    place: Tensor
-    weight: Tensor
-    columns: dict[str, Tensor] = field(default_factory=dict)
 
 
 def compare(rows: Utilities, layout: Layout, spec: ContrastSpec) -> Terms:
@@ -144,22 +66,15 @@ class _Two:
     p: Tensor
 
 
-def _order(rows: Utilities, comparison: str) -> Tensor | None:
-    """What says which row is better: of a pair its labels, of more rows their scores, or what there is."""
-    label = None if rows.label is None else rows.label.to(rows.v)
-    first, second = (label, rows.score) if comparison == "pair" else (rows.score, label)
-    return second if first is None else first
-
-
 def _pairs(rows: Utilities, layout: Layout, spec: ContrastSpec) -> Terms:
     two = _labelled_two(rows, layout, spec) if spec.comparison == "pair" else _every_two(rows, layout, spec)
     target = smoothed(two.p, spec.label_smoothing) if spec.label_smoothing else two.p
     rate = spec.flip_rate if rows.flip_rate is None else rows.flip_rate[layout.number[two.place]]
     if isinstance(rate, Tensor) or rate > 0.0:
-        target = unflipped(target, torch.as_tensor(rate).to(target).clamp(max=MOST_FLIPPED))
+        target = unflipped(target, torch.as_tensor(rate, dtype=target.dtype).clamp(max=MOST_FLIPPED))
     margin: float | Tensor = spec.margin
     if spec.comparison == "gaps":
-        margin = _of(rows.score)[two.better] - _of(rows.score)[two.worse]
+        margin = known(rows.score)[two.better] - known(rows.score)[two.worse]
 
     def cost(better: Tensor, worse: Tensor) -> Tensor:
         gap = better - worse
@@ -184,7 +99,7 @@ def _pairs(rows: Utilities, layout: Layout, spec: ContrastSpec) -> Terms:
             "logps/chosen": rows.total[two.better],
             "logps/rejected": rows.total[two.worse],
             "length/gap": (rows.length[two.better] - rows.length[two.worse]).to(gap),
-            "grad_weight": spec.scale * _slope(cost, better, worse),
+            "grad_weight": spec.scale * slope_of(cost, better, worse),
         }
         if spec.psi == "logistic":
             columns["saturated"] = (gap.abs() > SATURATED).to(gap)
@@ -205,18 +120,11 @@ _PSI: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def _slope(cost: Callable[..., Tensor], *sides: Tensor) -> Tensor:
-    """``|d cost / d first side|``, ``(c,)``."""
-    with torch.enable_grad():
-        probe = [side.detach().requires_grad_() for side in sides]
-        return torch.autograd.grad(cost(*probe).sum(), probe[0])[0].abs()
-
-
 def _pair_weight(rows: Utilities, two: _Two, kind: str) -> Tensor:
     """WPO's confidence ``exp(mean_w + mean_l)`` (Zhou et al. 2024, arXiv:2406.11827), or the score gap."""
     if kind == "wpo":
         return torch.exp(rows.mean[two.better] + rows.mean[two.worse])
-    return (_of(rows.score)[two.better] - _of(rows.score)[two.worse]).abs()
+    return (known(rows.score)[two.better] - known(rows.score)[two.worse]).abs()
 
 
 def _labelled_two(rows: Utilities, layout: Layout, spec: ContrastSpec) -> _Two:
@@ -232,7 +140,7 @@ def _labelled_two(rows: Utilities, layout: Layout, spec: ContrastSpec) -> _Two:
         first = second = layout.index.new_zeros(0)
     else:
         first, second = layout.index[place, 0], layout.index[place, 1]
-    order = _order(rows, "pair")
+    order = order_of(rows, "pair")
     p = torch.ones(len(place), dtype=rows.v.dtype, device=rows.v.device)
     tie = torch.zeros_like(place, dtype=torch.bool)
     if order is not None:
@@ -262,7 +170,7 @@ def _labelled_two(rows: Utilities, layout: Layout, spec: ContrastSpec) -> _Two:
 
 def _every_two(rows: Utilities, layout: Layout, spec: ContrastSpec) -> _Two:
     """Every two rows of a group, the better one first; tied ones only for losses that know by how much."""
-    order = _needed(_order(rows, spec.comparison))[layout.index]
+    order = needed(order_of(rows, spec.comparison))[layout.index]
     both = layout.valid[:, :, None] & layout.valid[:, None, :]
     wanted = both & (order[:, :, None] > order[:, None, :])
     if spec.comparison == "gaps":
@@ -274,19 +182,6 @@ def _every_two(rows: Utilities, layout: Layout, spec: ContrastSpec) -> _Two:
     return _Two(layout.index[place, i], layout.index[place, j], place, p)
 
 
-def _needed(order: Tensor | None) -> Tensor:
-    if order is None:
-        raise BadInputError(
-            "nothing_to_order_by: the rows have neither scores nor labels.", advice="Give every row a score."
-        )
-    return order
-
-
-def _of(column: Tensor | None) -> Tensor:
-    assert column is not None  # contrast_loss has refused specs whose scores are not there
-    return column
-
-
 # -- one row against a set, and a whole group -----------------------------------------------------
 
 
@@ -295,13 +190,13 @@ def _better_than_all_worse(rows: Utilities, layout: Layout, spec: ContrastSpec) 
 
     PRO's temperatures multiply ``v_j`` by how much better k is, and ``v_k`` by the largest of these gaps.
     """
-    order = _needed(_order(rows, spec.comparison))[layout.index]
+    order = needed(order_of(rows, spec.comparison))[layout.index]
     worse = layout.valid[:, :, None] & layout.valid[:, None, :] & (order[:, :, None] > order[:, None, :])
     place, k = worse.any(dim=2).nonzero().unbind(dim=1)
     among = worse[place, k]
     own, others = rows.v[layout.index[place, k]], rows.v[layout.index[place]]
     if spec.score_temperature:
-        score = _of(rows.score)[layout.index]
+        score = known(rows.score)[layout.index]
         gaps = (score[place, k, None] - score[place]).masked_fill(~among, 0.0)
         largest = gaps.max(dim=1).values if len(place) else gaps.new_zeros(0)
     else:
@@ -323,7 +218,7 @@ def _better_than_all_worse(rows: Utilities, layout: Layout, spec: ContrastSpec) 
             "rewards/margin": own - mean,
             "rewards/accuracy": win.sum(dim=1) / count,
             "logps/chosen": rows.total[layout.index[place, k]],
-            "grad_weight": spec.scale * _slope(cost, own, others),
+            "grad_weight": spec.scale * slope_of(cost, own, others),
         }
         if spec.score_temperature:
             columns["score_temperature"] = largest
@@ -340,7 +235,7 @@ def _posterior(rows: Utilities, layout: Layout, spec: ContrastSpec) -> Terms:
     with torch.no_grad():
         ratio = rows.reference[index] - logq
         cap = math.inf if spec.log_weight_cap is None else spec.log_weight_cap
-        logit = ratio.clamp(-cap, cap) + _of(rows.score)[index] / spec.beta
+        logit = ratio.clamp(-cap, cap) + known(rows.score)[index] / spec.beta
         logit = logit.masked_fill(~valid, -math.inf)
         best = logit == logit.amax(dim=1, keepdim=True) if len(place) else valid
         alpha = best / best.sum(dim=1, keepdim=True) if spec.hard else torch.softmax(logit, dim=1)
@@ -373,7 +268,7 @@ def _single(rows: Utilities, layout: Layout, spec: ContrastSpec) -> Terms:
     place, slot = layout.valid.nonzero().unbind(dim=1)
     index = layout.index[place, slot]
     if spec.psi == "prospect":
-        label = _needed(None if rows.label is None else rows.label.to(rows.v))[index]
+        label = needed(None if rows.label is None else rows.label.to(rows.v))[index]
         told = label != 0
     else:
         label = torch.ones_like(rows.v[index]) if rows.label is None else rows.label.to(rows.v)[index]
@@ -404,7 +299,7 @@ def _single(rows: Utilities, layout: Layout, spec: ContrastSpec) -> Terms:
             return -worth * v
 
     loss = spec.scale * cost(v)
-    columns["grad_weight"] = spec.scale * _slope(cost, v)
+    columns["grad_weight"] = spec.scale * slope_of(cost, v)
     return Terms(loss, place, rows.weight[index], {name: value.detach() for name, value in columns.items()})
 
 
@@ -412,15 +307,15 @@ def _row_weights(rows: Utilities, layout: Layout, spec: ContrastSpec) -> Tensor:
     """What each row of ``layout.index`` is worth, ``exp((score - baseline) / temperature)``."""
     if spec.weight_temperature is None:
         return torch.ones_like(rows.v[layout.index])
-    score = _of(rows.score)[layout.index]
+    score = known(rows.score)[layout.index]
     if spec.self_normalised:
         logit = (score / spec.weight_temperature).masked_fill(~layout.valid, -math.inf)
         weight = torch.softmax(logit, dim=1)
     else:
-        known = score.masked_fill(~layout.valid, 0.0)
-        base = torch.zeros_like(known[:, :1])
+        scores = score.masked_fill(~layout.valid, 0.0)
+        base = torch.zeros_like(scores[:, :1])
         if spec.baseline == "group_mean":
-            base = known.sum(dim=1, keepdim=True) / layout.valid.sum(dim=1, keepdim=True)
+            base = scores.sum(dim=1, keepdim=True) / layout.valid.sum(dim=1, keepdim=True)
         elif spec.baseline == "group_best":
             base = score.masked_fill(~layout.valid, -math.inf).amax(dim=1, keepdim=True)
         weight = torch.exp(((score - base) / spec.weight_temperature).clamp(max=EXPONENT))
@@ -442,8 +337,10 @@ def implicit_gain(v: Tensor, divergence: Divergence) -> Tensor:
         return v - 0.25 * v.square()
     if divergence == "kl":
         return -torch.exp((-v - 1.0).clamp(max=EXPONENT))
-    inside, below = v.clamp(min=FLOOR), (v - FLOOR).clamp(max=0.0)
+    inside = v.clamp(min=FLOOR)
     if divergence == "hellinger":
-        return inside / (1.0 + inside) + below / (1.0 + FLOOR) ** 2
-    pole = math.exp(-FLOOR)
-    return torch.log(2.0 - torch.exp(-inside)) + below * pole / (2.0 - pole)
+        curve, at, slope = inside / (1.0 + inside), FLOOR / (1.0 + FLOOR), 1.0 / (1.0 + FLOOR) ** 2
+    else:
+        grown = math.exp(-FLOOR)
+        curve, at, slope = torch.log(2.0 - torch.exp(-inside)), math.log(2.0 - grown), grown / (2.0 - grown)
+    return torch.where(v < FLOOR, at + slope * (v - FLOOR), curve)

@@ -27,8 +27,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from corrigible.align.comparisons import EXPONENT, Layout, Terms, Utilities, compare
+from corrigible.align.comparisons import EXPONENT, compare
 from corrigible.align.contrast_spec import PRESETS, ContrastSpec, preset
+from corrigible.align.layout import Layout, Terms, Utilities
 from corrigible.align.losses import LossOutput, check_logps, per_item, whole_weight, widen
 from corrigible.errors import BadInputError, NumericsError
 
