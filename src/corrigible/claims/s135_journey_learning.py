@@ -25,7 +25,7 @@ from corrigible.claims.framework import Effect, claim
 
 LANGUAGE = search_vocabulary()
 SHORT, LONG, HELD_OUT = 3000, 300, 300
-FIRST, STEPS = 700, 250
+FIRST, STEPS = 600, 200
 TRIALS = 4
 TEXTS = 4
 TOKENS = 128

@@ -19,7 +19,7 @@ from corrigible.claims.fixtures.chain_policy import (
     verdicts,
 )
 from corrigible.claims.fixtures.digit_chain import (
-    ERROR_TYPES,
+    ErrorType,
     Problem,
     chain_vocabulary,
     check,
@@ -36,7 +36,9 @@ from corrigible.store.signals import Attempt, Attempts
 LANGUAGE = chain_vocabulary(*FIX, *RESTART)
 LINKS, DISTRACTORS = 2, 0
 TRAINING, HELD_OUT = 1500, 400
-FIRST, STEPS = 60, 300
+FIRST, STEPS = 60, 350
+MISTAKES: tuple[ErrorType, ...] = ("digit", "operator", "variable")
+"""Steps that say something false. One that was left out is made good by whoever can solve the problem."""
 TOKENS = 72
 
 
@@ -77,14 +79,14 @@ def _attempts(problem: Problem, wrong: str) -> Attempts:
 
 
 def _natural(model: SmallTransformer, train: Sequence[Problem], seed: int) -> dict[str, float]:
-    """Which mistakes the model makes itself, as shares; only types that can be injected."""
+    """Which mistakes the model makes itself, as shares; only those that say something false."""
     texts = solutions(model, train, LANGUAGE, temperature=0.7, seed=seed)
     found = [
         _attempts(problem, text)
         for problem, text, verdict in zip(train, texts, verdicts(train, texts), strict=True)
-        if not verdict.right and verdict.error in ERROR_TYPES
+        if not verdict.right and verdict.error in MISTAKES
     ]
-    return error_types(found) or dict.fromkeys(ERROR_TYPES, 1.0 / len(ERROR_TYPES))
+    return error_types(found) or dict.fromkeys(MISTAKES, 1.0 / len(MISTAKES))
 
 
 def _corrections(
@@ -125,7 +127,7 @@ def _recovery(model: SmallTransformer, test: Sequence[Problem], seed: int) -> fl
     random = python_random.Random(seed)
     prompts, asked = [], []
     for problem in test:
-        wrong = _injected(problem, dict.fromkeys(ERROR_TYPES, 1.0), random)
+        wrong = _injected(problem, dict.fromkeys(MISTAKES, 1.0), random)
         if wrong is not None:
             first_wrong = check(problem, wrong).first_wrong or 0
             begun = "".join(split_steps(wrong)[: first_wrong + 1])
@@ -190,7 +192,7 @@ def s143(seed: int) -> dict[str, float]:
     test = problems(10 * seed + 1, HELD_OUT, links=LINKS, distractors=DISTRACTORS, without=train)
     straight = [solution_row(problem, LANGUAGE) for problem in train]
     natural = _natural(_tuned(straight, FIRST, seed), train, seed)
-    uniform: dict[str, float] = dict.fromkeys(ERROR_TYPES, 0.25)
+    uniform: dict[str, float] = dict.fromkeys(MISTAKES, 1.0 / len(MISTAKES))
     arms = {
         "imitation": straight,
         "lemma": _corrections(train, natural, seed),
@@ -198,7 +200,7 @@ def s143(seed: int) -> dict[str, float]:
         "whole wrong solutions": _corrections(train, natural, seed, truncate=False),
         "phrases alone": _phrases_alone(train, seed),
     }
-    values = {f"natural mistakes/{name}": natural.get(name, 0.0) for name in ERROR_TYPES}
+    values = {f"natural mistakes/{name}": natural.get(name, 0.0) for name in MISTAKES}
     for name, rows in arms.items():
         model = _tuned(rows, STEPS, seed)
         values[name] = share_right(test, solutions(model, test, LANGUAGE, tokens=TOKENS))
