@@ -254,9 +254,9 @@ def s169(seed: int) -> Outcome:
     Two things are reported and not judged. Passing over the pairs twice as often helps plain DPO, too. And
     the policy that is asked for the best leaves the reference further: when DPO's policy is exaggerated to
     the same KL it scores as high, so that goals buy control and distance, not a better score at equal cost.
-    Seeds begin at 200, which nobody had looked at when this was written: a first design (threshold 0.1 against the
-    better of both lengths of DPO, 1,500 steps) came out inconclusive on seeds 0 to 7, at 0.11 [-0.12, 0.33], and
-    this one was first run on seeds 100 to 123.
+    Seeds begin at 200, which nobody had looked at when this was written: a first design (threshold 0.1 over
+    the better of both lengths of DPO, 1,500 steps) came out inconclusive on seeds 0 to 7, at
+    0.11 [-0.12, 0.33], and this one was first run on seeds 100 to 123.
     """
     world, others = scored_world(seed, 0), scored_world(seed, 1)
     both = augmented(written(world, seed))
