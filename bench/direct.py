@@ -4,14 +4,14 @@
     python -m bench.direct --out runs/direct --set humour --algorithm dpo --flips 0.4
     python -m bench.direct --out runs/direct --table    # what is there already, and the plot
 
-SmolLM2-135M with a fresh LoRA adapter is trained for one pass over the same pairs by every algorithm, then asked
-which side of *unflipped* held-out pairs its implicit reward (``log pi - log pi_ref``, summed) prefers. Sets are
-split by what repeats in them (first message, topic, text), and intervals are over those units. Nothing is tuned:
-one learning rate for all, each algorithm's own default constants; rDPO is told the rate that labels were really
-flipped at.
+SmolLM2-135M with a fresh LoRA adapter is trained for one pass over the same pairs by every algorithm,
+then asked which side of *unflipped* held-out pairs its implicit reward (``log pi - log pi_ref``, summed)
+prefers. Sets are split by what repeats in them (first message, topic, text), and intervals are over
+those units. Nothing is tuned: one learning rate for all, each algorithm's own default constants; rDPO is
+told the rate that labels were really flipped at.
 
-Every row of OUT/rows.jsonl is one set, algorithm and rate; it is added as it is finished, and one that is there is
-not computed again. OUT/direct.svg and OUT/direct.md are made from the rows.
+Every row of OUT/rows.jsonl is one set, algorithm and rate; it is added as it is finished, and one that
+is there is not computed again. OUT/direct.svg and OUT/direct.md are made from the rows.
 """
 
 from __future__ import annotations

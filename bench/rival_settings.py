@@ -47,8 +47,8 @@ SETTINGS: dict[str, dict[str, Setting]] = {
     "fastest": {
         "dpo": Setting(precompute_reference=True, gradient_checkpointing=False, micro_batch=1),
         "reward": Setting(gradient_checkpointing=False, micro_batch=4),
-        # Without checkpointing and with eager attention a batch of medium length is a twentieth quicker, but of the
-        # benchmark's five batches one takes more than 23.7 GB then.
+        # Without checkpointing and with eager attention a batch of medium length is a twentieth quicker, but
+        # of the benchmark's five batches one takes more than 23.7 GB then.
         "kto": Setting(precompute_reference=True),
         "grpo": Setting(gradient_checkpointing=False, micro_batch=2),
     },

@@ -189,7 +189,9 @@ def sweep(
     }
 
 
-def losses(comparison: Comparison, folder: Path, *, model: str, data: str | None, short: bool) -> dict[str, Any]:
+def losses(
+    comparison: Comparison, folder: Path, *, model: str, data: str | None, short: bool
+) -> dict[str, Any]:
     """Do both sides train alike? Every algorithm on the same short pairs in float32, step by step.
 
     In bfloat16 the roundings of either side are larger than what is looked for: two settings of our own
