@@ -117,8 +117,9 @@ def test_one_step_moves_the_policy(name: str, policy: LanguagePolicy, tmp_path: 
 def test_loss_and_gradient_do_not_depend_on_how_a_batch_is_cut(
     name: str, policy: LanguagePolicy, tmp_path: Path
 ) -> None:
-    trainer = trainer_of(name, disturbed(policy), tmp_path)
+    trainer = trainer_of(name, policy, tmp_path)
     trainer._prepare_reference()
+    disturbed(policy)  # after its reference was read: margins of 0 have the sign of their rounding
     examples = trainer.source.batch(0, trainer.config.batch_size)
     found = []
     for budget in (1, 1 << 30):
