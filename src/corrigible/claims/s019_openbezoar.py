@@ -15,7 +15,6 @@ from corrigible.claims.fixtures.instructions import (
     INSTRUCTION_WORDS,
     SCHEMES,
     Instruction,
-    Scheme,
     instructions,
     kept_by_judge,
 )
@@ -38,8 +37,6 @@ LANGUAGE = vocabulary(*INSTRUCTION_WORDS)
 TERSE = Writer(0.5, sentences=(1, 1))
 """Whose reviews the base model knows: one sentence, where those of the preference data have up to three."""
 GENERATED, HELD_OUT = 1500, 200
-SAMPLES = 4
-"""Reviews of each held-out prompt."""
 WRONG, RIGHT_KEPT, WRONG_KEPT = 0.4, 0.9, 0.2
 """Share of wrong answers of the generator; what the judge lets through of the right and of the wrong ones."""
 PAIRS = 1500
@@ -61,8 +58,8 @@ class Data:
         pairs: reviews that were compared; ``more``: instructions that were never read.
     """
 
-    generated: dict[Scheme, list[Instruction]]
-    kept: dict[Scheme, list[Instruction]]
+    generated: dict[str, list[Instruction]]
+    kept: dict[str, list[Instruction]]
     pairs: list[Candidates]
     more: list[Instruction]
 
@@ -82,18 +79,18 @@ def _data(asked: Sequence[str], seed: int) -> Data:
         for i, (scheme, given) in enumerate(generated.items())
     }
     drawn = [random.choice(asked) for _ in range(PAIRS)]
-    pairs = []
-    for one, two in zip(drawn, written(drawn, 2, 100 * seed + 20), strict=True):
-        worse, better = sorted(two, key=reward)
-        if reward(worse) != reward(better):
-            pairs.append(compared_candidates(one, better, worse, LANGUAGE))
+    pairs = [
+        compared_candidates(one, *sorted(two, key=reward, reverse=True), LANGUAGE)
+        for one, two in zip(drawn, written(drawn, 2, 100 * seed + 20), strict=True)
+        if reward(two[0]) != reward(two[1])
+    ]
     more = [one for i, s in enumerate(SCHEMES) for one in instructions(s, 100 * seed + 30 + i, GENERATED)]
     return Data(generated, kept, pairs, more)
 
 
 def tuned(
     base: SmallTransformer,
-    sets: dict[Scheme, list[Instruction]],
+    sets: dict[str, list[Instruction]],
     reviews: Sequence[Row],
     seed: int,
     *,
@@ -163,8 +160,7 @@ def reward_accuracy(
     setting="A base that knows one-sentence reviews; three sets of instructions with one right answer, "
     f"{WRONG:.0%} of the generator's answers wrong, a judge who keeps {RIGHT_KEPT:.0%} of the right and "
     f"{WRONG_KEPT:.0%} of the wrong; then pairs of reviews of up to three sentences with an exact reward. "
-    f"Adapters of rank {RANK} in every stage; each set's stage also reads {REPLAYED} rows of every earlier "
-    "set and of terse reviews again, or a model this small forgets them.",
+    f"Adapters of rank {RANK} in every stage.",
     baselines=(
         "without the stage",
         "without it, as many steps in all",
@@ -195,7 +191,7 @@ def reward_accuracy(
             unit="reward",
         )
     ],
-    seeds=range(7),
+    seeds=range(5),
     budget=480,
 )
 def s019(seed: int) -> dict[str, float]:
@@ -207,11 +203,7 @@ def s019(seed: int) -> dict[str, float]:
     """
     train, test = prompts(seed, 500, HELD_OUT)
     data = _data(train, seed)
-    followed = [
-        one
-        for i, scheme in enumerate(SCHEMES)
-        for one in instructions(scheme, 100 * seed + 40 + i, HELD_OUT, held_out=True)
-    ]
+    followed = [one for i, s in enumerate(SCHEMES) for one in instructions(s, 100 * seed + 40 + i, HELD_OUT)]
     held_out = _data(test, seed + 50_000).pairs[:400]
     base = first_model(seed, LANGUAGE, TERSE)
     random = python_random.Random(seed)
@@ -220,8 +212,7 @@ def s019(seed: int) -> dict[str, float]:
     kept = tuned(base, data.kept, terse, seed)
     unfiltered = tuned(base, data.generated, terse, seed)
     continued = tuned(base, data.kept, terse, seed, merged=False)
-    asked = [one for one in test for _ in range(SAMPLES)]
-    values = {"base": mean_reward(base, asked, LANGUAGE, seed=seed)}
+    values = {"base": mean_reward(base, test, LANGUAGE, seed=seed)}
     for name, model in (
         ("base", base),
         ("after the sets", kept),
@@ -245,8 +236,8 @@ def s019(seed: int) -> dict[str, float]:
         reference = make()
         steps = DPO_STEPS + DOMAIN_STEPS * name.endswith("in all")
         model = dpo(reference, data.pairs, seed, steps)
-        values[name] = mean_reward(model, asked, LANGUAGE, seed=seed)
-        values[f"reward before DPO/{name}"] = mean_reward(reference, asked, LANGUAGE, seed=seed)
+        values[name] = mean_reward(model, test, LANGUAGE, seed=seed)
+        values[f"reward before DPO/{name}"] = mean_reward(reference, test, LANGUAGE, seed=seed)
         values[f"instructions followed/{name}"] = accuracy(model, followed, seed)
         values[f"reward accuracy/{name}"] = reward_accuracy(model, reference, held_out)
     return values
